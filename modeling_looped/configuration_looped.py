@@ -1,0 +1,459 @@
+"""Configuration of a looped language model."""
+
+import copy
+import dataclasses
+import difflib
+from typing import Any, Self
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+from transformers.generation import GenerationConfig
+from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils import logging
+
+from .conditioning import LOOP_CONDITIONINGS
+from .injection import INJECTIONS
+from .loop_adapter import LOOP_ADAPTERS
+from .loop_update import LOOP_UPDATES
+from .readout import READOUTS
+from .registry import Registry
+from .remote_code import AUTO_MAP, copy_code
+from .slots import SlotLayout
+from .state import STATE_INITS
+
+logger = logging.get_logger(__name__)
+
+#: Config field -> the registry of its types.
+STRATEGY_FIELDS: dict[str, Registry] = {
+    registry.field: registry
+    for registry in (INJECTIONS, STATE_INITS, LOOP_UPDATES, LOOP_CONDITIONINGS, LOOP_ADAPTERS, READOUTS)
+}
+
+#: Fields from which the number of slots and their attention types follow.
+DEPTH_FIELDS = frozenset(
+    ("num_loops", "num_prelude_layers", "num_core_layers", "num_coda_layers", "stored_layer_types", "sliding_window")
+)
+
+#: What the published looped models call the loop count. Accepting one of these silently would run another function
+#: than the user asked for, so forward and config refuse them by name.
+FOREIGN_LOOP_NAMES = frozenset(
+    (
+        "H_cycles",
+        "L_cycles",
+        "loop_count",
+        "loop_num",
+        "loops",
+        "mean_recurrence",
+        "n_loop",
+        "n_loops",
+        "num_iterations",
+        "num_loop",
+        "num_recur",
+        "num_recurrences",
+        "num_recursion",
+        "num_recursions",
+        "num_steps",
+        "total_ut_steps",
+    )
+)
+
+#: Keys that Transformers itself keeps in a config beside the declared fields.
+_HOST_KEYS = frozenset(
+    (
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_experts_implementation_internal",
+        "_attn_implementation_internal",
+        "_name_or_path",
+        "_output_attentions",
+        "attn_implementation",
+        "auto_map",
+        "experts_implementation",
+        "model_type",
+        "name_or_path",
+        "num_labels",
+        "output_attentions",
+        "per_layer_config",
+        "quantization_config",
+        "rope_scaling",
+        "rope_theta",
+        "partial_rotary_factor",
+        "task_specific_params",
+        "tie_last_hidden_states",
+        "torch_dtype",
+        "transformers_weights",
+    )
+)
+
+NORM_PLACEMENTS = ("pre", "sandwich", "sandwich_sum", "post", "post_branch")
+FINAL_NORM_PLACEMENTS = ("end", "every_loop", "after_loops")
+QK_NORMS = ("none", "per_head", "flat")
+
+
+@strict
+class LoopedConfig(PreTrainedConfig):
+    r"""
+    Configuration of a [`LoopedModel`]: embeddings, `num_prelude_layers` layers run once, a core of `num_core_layers`
+    layers run `num_loops` times, `num_coda_layers` layers run once, a norm and a head.
+
+    Every (loop, layer) pair is a *slot* with a key-value cache layer of its own. `num_hidden_layers` is the number of
+    slots, prelude + core * loops + coda, because that is what every cache and serving engine sizes itself by; it and
+    `layer_types` (one entry per slot) are derived, and follow whenever a field they depend on is written. A stacked
+    transformer is the case `num_core_layers=0`.
+
+    Strategy fields hold a type name with its parameters, `{"type": "diagonal", "initial_decay": 0.447}`, or just the
+    name; they are completed with the type's defaults. See the module named in brackets for the types.
+
+    Args:
+        vocab_size (`int`, defaults to 32000): number of tokens.
+        hidden_size (`int`, defaults to 768): width of the residual stream.
+        intermediate_size (`int`, defaults to 2048): width of the MLP.
+        num_prelude_layers, num_core_layers, num_coda_layers (`int`, default to 2): stored layers of each part.
+        num_loops (`int`, defaults to 4): how often the core runs. The one knob for depth: it can be set here, at
+            loading, on the config of a loaded model, in a `GenerationConfig`, in `generate` and in `forward`.
+        max_trained_loops (`int`, *optional*): the largest loop count seen in training; a larger one warns once.
+            `None`: unknown, never warns.
+        num_attention_heads (`int`, defaults to 12), num_key_value_heads (`int`, *optional*: as many), head_dim (`int`,
+            *optional*: hidden_size / num_attention_heads): attention shape (grouped-query attention).
+        hidden_act (`str`, defaults to `"silu"`): activation of the MLP.
+        mlp_type (`str`, defaults to `"gated"`): `gated`, down(act(gate x) * up x), or `plain`, down(act(up x)).
+        attention_bias, attention_output_bias, mlp_bias (`bool`, default to `False`): biases of q, k and v; of the
+            output projection; of the MLP.
+        attention_dropout (`float`, defaults to 0): dropout on attention weights, in training.
+        qk_norm (`str`, defaults to `"none"`): RMS norm of queries and keys before RoPE: `per_head` (Qwen3) or `flat`,
+            over all heads' channels (OLMo-2).
+        norm_placement (`str`, defaults to `"pre"`): with n a norm and f attention or MLP, `pre`: x + f(n x); `sandwich`:
+            x + n(f(n x)) (Ouro); `sandwich_sum`: n(x + f(n x)) (Huginn); `post`: n(x + f x); `post_branch`: x + n(f x)
+            (OLMo-2).
+        final_norm (`str`, defaults to `"end"`): where the final norm acts: `end`, before the head; `every_loop`, on
+            the state after each loop, whose result starts the next one, and at the end where a coda follows (Ouro,
+            Nanbeige); `after_loops`, on the last state and again at the end (Huginn).
+        prelude_norm (`bool`, defaults to `True`): normalise the prelude's output before it is injected.
+        rms_norm_eps (`float`, defaults to 1e-5): epsilon of all norms.
+        stored_layer_types (`list[str]`, *optional*): `full_attention` or `sliding_attention` per stored layer (prelude,
+            core, coda). `None`: all sliding if `sliding_window` is set, else all full.
+        sliding_window (`int`, *optional*): window of the sliding layers, in tokens.
+        is_causal (`bool`, defaults to `True`): `False` gives the bidirectional encoder.
+        max_position_embeddings (`int`, defaults to 2048), rope_parameters (`dict`, *optional*): rotary embeddings, of
+            every type that Transformers knows.
+        embedding_scale, logit_scale (`float`, default to 1): factors on the embeddings and on the logits.
+        final_logit_softcapping (`float`, *optional*): c in c * tanh(logits / c), after the scale.
+        injection (`dict` or `str`, defaults to `"diagonal"`): how the prelude enters each loop [injection.py].
+        state_init (`dict` or `str`, defaults to `"zeros"`): the state before the first loop [state.py].
+        loop_update (`dict` or `str`, defaults to `"replace"`): how a loop's result becomes the state [loop_update.py].
+        loop_conditioning (`dict` or `str`, defaults to `"none"`): how layers know the loop [conditioning.py].
+        loop_adapter (`dict` or `str`, defaults to `"none"`): low-rank weights per loop [loop_adapter.py].
+        readout (`dict` or `str`, defaults to `"none"`): map from the last state to the coda [readout.py].
+        backprop_loops (`int`, *optional*): in training, only the last so many loops keep a graph (truncated
+            backpropagation). `None`: all.
+        checkpoint_granularity (`str`, defaults to `"layer"`): what gradient checkpointing, once enabled, recomputes at
+            a time: each `layer`, or each whole `loop` of the core (memory then hardly grows with the loop count).
+        initializer_range (`float`, defaults to 0.02): standard deviation of the initialisation.
+        classifier_dropout (`float`, defaults to 0.1): dropout before the token-classification head.
+
+    Example:
+
+    ```python
+    >>> from modeling_looped import LoopedConfig
+    >>> config = LoopedConfig(num_prelude_layers=1, num_core_layers=2, num_coda_layers=1, num_loops=4)
+    >>> config.num_hidden_layers
+    10
+    >>> config.num_loops = 8
+    >>> config.num_hidden_layers
+    18
+    ```
+    """
+
+    model_type = "looped"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the host class reads it as a plain list)
+
+    vocab_size: int = 32000
+    hidden_size: int = 768
+    intermediate_size: int = 2048
+    num_prelude_layers: int = 2
+    num_core_layers: int = 2
+    num_coda_layers: int = 2
+    num_loops: int = 4
+    max_trained_loops: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int = 12
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    hidden_act: str = "silu"
+    mlp_type: str = "gated"
+    attention_bias: bool = False
+    attention_output_bias: bool = False
+    mlp_bias: bool = False
+    attention_dropout: float | int = 0.0
+    qk_norm: str = "none"
+    norm_placement: str = "pre"
+    final_norm: str = "end"
+    prelude_norm: bool = True
+    rms_norm_eps: float = 1e-5
+    stored_layer_types: list[str] | None = None
+    layer_types: list[str] | None = None
+    sliding_window: int | None = None
+    is_causal: bool = True
+    max_position_embeddings: int = 2048
+    rope_parameters: RopeParameters | dict | None = None
+    embedding_scale: float | int = 1.0
+    logit_scale: float | int = 1.0
+    final_logit_softcapping: float | int | None = None
+    injection: dict | str = "diagonal"
+    state_init: dict | str = "zeros"
+    loop_update: dict | str = "replace"
+    loop_conditioning: dict | str = "none"
+    loop_adapter: dict | str = "none"
+    readout: dict | str = "none"
+    backprop_loops: int | None = None
+    checkpoint_granularity: str = "layer"
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    classifier_dropout: float | int = 0.1
+
+    def __post_init__(self, **kwargs):
+        self._check_keys(kwargs)
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None and self.num_attention_heads > 0:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        # Always the plain names: an `auto_map` read from a Hub repository points back at that repository, and a copy
+        # saved from it must load alone.
+        kwargs["auto_map"] = dict(AUTO_MAP)
+        given_depth, given_types = self.num_hidden_layers, self.layer_types
+        # Lengths that make no sense must reach `validate_*` with their own message, not fail in the arithmetic here.
+        if self._counts_are_valid():
+            self._derive()
+            self._warn_if_contradicted(given_depth, given_types)
+        super().__post_init__(**kwargs)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        complete = self.__dict__.get("_post_init_done", False)
+        if name in STRATEGY_FIELDS:
+            value = STRATEGY_FIELDS[name].normalise(value, num_loops=self.num_loops if complete else None)
+        previous = self.__dict__.get(name)
+        super().__setattr__(name, value)
+        if complete and name in DEPTH_FIELDS:
+            try:
+                self._derive()
+            except ValueError:
+                super().__setattr__(name, previous)
+                raise
+
+    def _derive(self) -> None:
+        """Bring the fields that follow from others up to date."""
+        if not self._counts_are_valid():
+            raise ValueError(self._counts_message())
+        for field, registry in STRATEGY_FIELDS.items():
+            super().__setattr__(field, registry.normalise(getattr(self, field), num_loops=self.num_loops))
+        layout = self.slot_layout()
+        stored = self.stored_layer_types
+        if stored is None:
+            stored = ["full_attention" if self.sliding_window is None else "sliding_attention"] * layout.stored_layers
+        if len(stored) == layout.stored_layers:  # else `validate_stored_layer_types` says so
+            super().__setattr__("layer_types", layout.expand(stored))
+        super().__setattr__("num_hidden_layers", layout.num_slots)
+
+    def slot_layout(self, num_loops: int | None = None) -> SlotLayout:
+        """Addresses of all attention invocations at `num_loops` loops (`None`: the config's)."""
+        loops = self.num_loops if num_loops is None else num_loops
+        return SlotLayout(self.num_prelude_layers, self.num_core_layers, self.num_coda_layers, loops)
+
+    def slot_of(self, loop: int, layer: int) -> int:
+        """Cache slot of stored layer `layer` (numbered as in `model.layers`) in loop `loop`, both from 0."""
+        return self.slot_layout().slot(layer, loop)
+
+    def with_num_loops(self, num_loops: int) -> Self:
+        """A copy at another loop count, for sizing a cache without touching this config."""
+        other = copy.copy(self)
+        other.num_loops = num_loops
+        return other
+
+    @property
+    def num_stored_layers(self) -> int:
+        """Layers that have weights: prelude + core + coda."""
+        return self.slot_layout().stored_layers
+
+    def is_core_layer(self, layer: int) -> bool:
+        """Whether stored layer `layer` belongs to the core, and so runs in every loop."""
+        return 0 <= layer - self.num_prelude_layers < self.num_core_layers
+
+    def stored_layer_type(self, layer: int) -> str:
+        """`full_attention` or `sliding_attention`, of stored layer `layer`."""
+        return self.layer_types[self.slot_layout().slot(layer)]
+
+    def sliding_window_of(self, layer: int) -> int | None:
+        """Window of stored layer `layer` in tokens; `None`: it attends to everything."""
+        return self.sliding_window if self.stored_layer_type(layer) == "sliding_attention" else None
+
+    @property
+    def base_model_tp_plan(self) -> dict[str, str]:
+        """Tensor-parallel plan of the base model (it depends on which projections there are and what sits beside them)."""
+        # A norm over all heads' channels and a low-rank adapter work on whole activations, so the projections around
+        # them gather; the memory of the weights is still split.
+        column, row = "colwise", "rowwise"
+        attention_whole = self.qk_norm == "flat" or self.loop_adapter["type"] != "none"
+        mlp_whole = self.loop_adapter["type"] != "none"
+        whole = ("colwise_gather_output", "rowwise_split_input")
+        attention = whole if attention_whole else (column, row)
+        mlp = whole if mlp_whole else (column, row)
+        plan = {f"layers.*.self_attn.{name}_proj": attention[0] for name in "qkv"}
+        plan["layers.*.self_attn.o_proj"] = attention[1]
+        plan |= {f"layers.*.mlp.{name}": mlp[0] for name in self.mlp_projections[:-1]}
+        plan[f"layers.*.mlp.{self.mlp_projections[-1]}"] = mlp[1]
+        return plan
+
+    @property
+    def mlp_projections(self) -> tuple[str, ...]:
+        """Names of the MLP's projections, input side first."""
+        return ("gate_proj", "up_proj", "down_proj") if self.mlp_type == "gated" else ("up_proj", "down_proj")
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        """Save `config.json` together with the model's code, so that the folder loads where the package is missing."""
+        copy_code(save_directory)
+        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+    # --- validation: one method per concern, run by `@strict` at construction and before saving ---------------------
+
+    def validate_counts(self) -> None:
+        if not self._counts_are_valid():
+            raise ValueError(self._counts_message())
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        for name in ("max_trained_loops", "sliding_window", "backprop_loops"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be None or at least 1.")
+
+    def validate_attention(self) -> None:
+        if self.num_attention_heads < 1 or (self.num_key_value_heads or 0) < 1:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} and num_key_value_heads={self.num_key_value_heads} "
+                "must be at least 1."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}."
+            )
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} must be an even number of at least 2 (rotary embeddings turn pairs of "
+                f"channels); left out, it is hidden_size={self.hidden_size} / num_attention_heads="
+                f"{self.num_attention_heads}."
+            )
+        if not 0.0 <= self.attention_dropout < 1.0:
+            raise ValueError(f"attention_dropout={self.attention_dropout} must lie in [0, 1).")
+
+    def validate_choices(self) -> None:
+        for name, allowed in (
+            ("mlp_type", ("gated", "plain")),
+            ("qk_norm", QK_NORMS),
+            ("norm_placement", NORM_PLACEMENTS),
+            ("final_norm", FINAL_NORM_PLACEMENTS),
+            ("checkpoint_granularity", ("layer", "loop")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of: {', '.join(allowed)}.")
+        if self.final_logit_softcapping is not None and self.final_logit_softcapping <= 0:
+            raise ValueError(f"final_logit_softcapping={self.final_logit_softcapping} must be None or positive.")
+        if self.rms_norm_eps <= 0:
+            raise ValueError(f"rms_norm_eps={self.rms_norm_eps} must be positive.")
+
+    def validate_stored_layer_types(self) -> None:
+        if self.stored_layer_types is None:
+            return
+        allowed = ("full_attention", "sliding_attention")
+        if len(self.stored_layer_types) != self.num_stored_layers:
+            raise ValueError(
+                f"stored_layer_types has {len(self.stored_layer_types)} entries; it needs one per stored layer, "
+                f"num_prelude_layers + num_core_layers + num_coda_layers = {self.num_stored_layers}."
+            )
+        for layer_type in self.stored_layer_types:
+            if layer_type not in allowed:
+                raise ValueError(f"stored_layer_types: {layer_type!r} must be one of: {', '.join(allowed)}.")
+        if "sliding_attention" in self.stored_layer_types and self.sliding_window is None:
+            raise ValueError("stored_layer_types names sliding_attention, so sliding_window must be set (in tokens).")
+
+    def validate_prelude_enters(self) -> None:
+        if self.num_core_layers == 0:
+            return
+        injection, state_init = self.injection["type"], self.state_init["type"]
+        if not (INJECTIONS[injection].carries_prelude or STATE_INITS[state_init].carries_prelude):
+            raise ValueError(
+                f"injection={injection!r} with state_init={state_init!r}: the core would never see the tokens. Use "
+                "state_init='input', or an injection."
+            )
+
+    def validate_strategies(self) -> None:
+        if self.num_core_layers == 0:
+            for field, harmless in (("loop_adapter", "none"), ("readout", "none")):
+                if getattr(self, field)["type"] != harmless:
+                    raise ValueError(
+                        f"{field}={getattr(self, field)['type']!r} acts on the core, and num_core_layers=0: "
+                        f"use {harmless!r}."
+                    )
+            return
+        targets = set(self.loop_adapter.get("targets", ()))
+        missing = targets - {"q_proj", "k_proj", "v_proj", "o_proj", *self.mlp_projections}
+        if missing:
+            raise ValueError(
+                f"loop_adapter: targets {sorted(missing)} do not exist with mlp_type={self.mlp_type!r}; "
+                f"its projections are {', '.join(self.mlp_projections)}."
+            )
+
+    def validate_backprop(self) -> None:
+        if self.backprop_loops is None or self.num_core_layers == 0 or self.backprop_loops >= self.num_loops:
+            return
+        if not INJECTIONS[self.injection["type"]].carries_prelude:
+            raise ValueError(
+                f"backprop_loops={self.backprop_loops} with injection={self.injection['type']!r} would leave the "
+                "embeddings and the prelude without a gradient, since only the first loop sees them; use an injection "
+                "that re-enters the prelude in every loop (diagonal, add, concat), or backprop_loops=None."
+            )
+
+    # --- helpers -----------------------------------------------------------------------------------------------------
+
+    def _counts_are_valid(self) -> bool:
+        parts = (self.num_prelude_layers, self.num_core_layers, self.num_coda_layers)
+        return min(parts) >= 0 and sum(parts) >= 1 and self.num_loops >= 1
+
+    def _counts_message(self) -> str:
+        return (
+            f"num_prelude_layers={self.num_prelude_layers}, num_core_layers={self.num_core_layers} and "
+            f"num_coda_layers={self.num_coda_layers} must not be negative and must not all be 0, and "
+            f"num_loops={self.num_loops} must be at least 1."
+        )
+
+    def _check_keys(self, kwargs: dict[str, Any]) -> None:
+        """Refuse a misspelt key, which Transformers would store without a word; warn about one it cannot place."""
+        fields = [field.name for field in dataclasses.fields(self)]
+        generation = GenerationConfig._get_default_generation_params()
+        for key in kwargs:
+            if key in _HOST_KEYS or key in generation or key.startswith("_"):
+                continue
+            if key in FOREIGN_LOOP_NAMES:
+                raise ValueError(f"{key}={kwargs[key]!r}: LoopedConfig calls the loop count num_loops.")
+            close = difflib.get_close_matches(key, fields, n=1, cutoff=0.8)
+            if close:
+                raise ValueError(f"{key}={kwargs[key]!r} is not a field of LoopedConfig. Did you mean {close[0]!r}?")
+            logger.warning_once(f"{key}={kwargs[key]!r} is not a field of LoopedConfig; nothing reads it.")
+
+    def _warn_if_contradicted(self, given_depth: int | None, given_types: list[str] | None) -> None:
+        """`num_hidden_layers` and `layer_types` are results. A file whose `num_loops` was edited by hand is in order; a
+        user who tried to set the depth this way must hear that it has no effect."""
+        for name, given in (("num_hidden_layers", given_depth), ("layer_types", given_types)):
+            derived = getattr(self, name)
+            if given is not None and given != derived:
+                setter = "stored_layer_types" if name == "layer_types" else "num_core_layers or num_loops"
+                logger.warning_once(
+                    f"{name}={given} is ignored: it follows from the layer counts and num_loops, which make it "
+                    f"{derived}. Set {setter} instead."
+                )
+
+
+__all__ = ["LoopedConfig"]

@@ -1,0 +1,159 @@
+"""Injection: how the prelude's output enters every loop.
+
+D hidden size. With s the state [B, S, D] that a loop starts from and e the (normalised) prelude output [B, S, D], an
+injection gives the core's input x [B, S, D]. Seen over the loops it is the linear part of a dynamical system,
+x_t = A s_t + B e; Parcae's argument (arXiv 2604.12946) is that the spectral radius of A decides stability: it is 1 for
+`add`, unconstrained for `concat`, and strictly inside (0, 1) for `diagonal` whatever the parameters become.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .registry import Registry, Strategy
+
+INJECTIONS: Registry[Injection] = Registry("injection")
+
+
+class Injection(Strategy):
+    """Abstract injection."""
+
+    #: Whether the core still sees the prelude after the first loop; without it truncated backpropagation would cut
+    #: the prelude off from every gradient.
+    carries_prelude = True
+
+    @abstractmethod
+    def forward(self, prelude: Tensor) -> Callable[[Tensor], Tensor]:
+        """Bind the injection to a prelude output [B, S, D].
+
+        Returns:
+            the map from a state to the core's input, both [B, S, D]. What is the same in every loop has been computed.
+        """
+
+
+@INJECTIONS.register("none")
+@final
+class NoInjection(Injection):
+    """x = s: the loop iterates on its own output (Ouro, ALBERT, relaxed recursive models)."""
+
+    carries_prelude = False
+
+    def forward(self, prelude: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda state: state
+
+
+@INJECTIONS.register("add")
+@final
+class AddInjection(Injection):
+    """x = s + e. The linear part has spectral radius 1: marginally stable."""
+
+    def forward(self, prelude: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda state: state + prelude
+
+
+@INJECTIONS.register("concat", "linear")
+@final
+class ConcatInjection(Injection):
+    """x = W [s ; e], W of shape [D, 2D] with the state's columns first (Huginn's adapter, Parcae's `linear`)."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Params:
+        """Attributes:
+        start: what W is at initialisation: `normal` (drawn with the model's initializer_range), `state`
+            ([I, 0]: passes the state on) or `prelude` ([0, I]: passes the prelude on).
+        """
+
+        start: str = "normal"
+
+        def __post_init__(self):
+            if self.start not in ("normal", "state", "prelude"):
+                raise ValueError(f"start={self.start!r} must be one of: normal, state, prelude.")
+
+    def __init__(self, params, context):
+        super().__init__(params, context)
+        self.weight = nn.Parameter(torch.empty(context.hidden_size, 2 * context.hidden_size))
+
+    def init_weights(self) -> None:
+        if self.params.start == "normal":
+            init.normal_(self.weight, mean=0.0, std=self.context.initializer_range)
+        else:
+            identity, zeros = torch.eye(self.context.hidden_size), torch.zeros(2 * [self.context.hidden_size])
+            halves = (identity, zeros) if self.params.start == "state" else (zeros, identity)
+            init.copy_(self.weight, torch.cat(halves, dim=1))
+
+    def forward(self, prelude: Tensor) -> Callable[[Tensor], Tensor]:
+        for_state, for_prelude = self.weight.chunk(2, dim=1)
+        injected = F.linear(prelude, for_prelude)
+        return lambda state: F.linear(state, for_state) + injected
+
+
+@INJECTIONS.register("diagonal")
+@final
+class DiagonalInjection(Injection):
+    r"""x = \bar A s + \bar B e, the discretised linear system of Parcae (arXiv 2604.12946, section 3).
+
+    With A = -exp(A_log) < 0 and a step \Delta = softplus(dt_bias) > 0, both learned per channel,
+    \bar A = exp(\Delta A) lies in (0, 1) for every value of the parameters. The input matrix is
+
+    - `euler` (published): \bar B = \Delta B;
+    - `zoh` (the exact zero-order hold of the same system): \bar B = A^{-1} (exp(\Delta A) - I) B.
+
+    B is a [D, D] matrix and starts as the identity; A_log starts at 0 and dt_bias such that \bar A = `initial_decay`.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Params:
+        """Attributes:
+        initial_decay: diagonal of \\bar A at initialisation, in (0, 1); Parcae starts at sqrt(1/5).
+        input_matrix: `euler` or `zoh`.
+        """
+
+        initial_decay: float = math.sqrt(1 / 5)
+        input_matrix: str = "euler"
+
+        def __post_init__(self):
+            if not 0.0 < self.initial_decay < 1.0:
+                raise ValueError(f"initial_decay={self.initial_decay!r} must lie strictly between 0 and 1.")
+            if self.input_matrix not in ("euler", "zoh"):
+                raise ValueError(f"input_matrix={self.input_matrix!r} must be one of: euler, zoh.")
+
+    def __init__(self, params, context):
+        super().__init__(params, context)
+        self.A_log = nn.Parameter(torch.empty(context.hidden_size))
+        self.dt_bias = nn.Parameter(torch.empty(context.hidden_size))
+        self.B = nn.Parameter(torch.empty(context.hidden_size, context.hidden_size))
+
+    def init_weights(self) -> None:
+        init.zeros_(self.A_log)
+        step = -math.log(self.params.initial_decay)  # A = -1 at the start, so the decay is exp(-step)
+        init.constant_(self.dt_bias, math.log(math.expm1(step)))  # the inverse of softplus
+        init.copy_(self.B, torch.eye(self.context.hidden_size))
+
+    def rate_and_step(self) -> tuple[Tensor, Tensor]:
+        r"""-A and \Delta, both [D], positive and finite, in fp32 (bf16 would round a slow channel's decay to 1)."""
+        largest = torch.finfo(torch.float32).max
+        return self.A_log.float().exp().clamp(max=largest), F.softplus(self.dt_bias.float())
+
+    def decay(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        r"""The diagonal of \bar A, [D], strictly inside (0, 1) as numbers of `dtype`, whatever the parameters are."""
+        rate, step = self.rate_and_step()
+        limits = torch.finfo(dtype)
+        return torch.exp(-step * rate).to(dtype).clamp(limits.tiny, 1.0 - limits.eps / 2)
+
+    def forward(self, prelude: Tensor) -> Callable[[Tensor], Tensor]:
+        rate, gain = self.rate_and_step()
+        if self.params.input_matrix == "zoh":
+            # (1 - decay) / rate; expm1 keeps the limit for rate -> 0, which is the step
+            gain = -torch.expm1(-gain * rate) / rate.clamp_min(torch.finfo(torch.float32).tiny)
+        injected = F.linear(prelude, self.B) * gain.to(prelude.dtype)
+        decay = self.decay(prelude.dtype)
+        return lambda state: torch.addcmul(injected, state, decay)

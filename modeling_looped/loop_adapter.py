@@ -1,0 +1,118 @@
+"""Loop adapter: what a shared layer may do differently in every loop, at low rank.
+
+R rank, T loops. A loop adapter is part of the model (its weights are in the checkpoint and it runs without PEFT). A PEFT
+adapter on a shared layer is another thing: one adapter that acts in every loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import abstractmethod
+from typing import final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .registry import Registry, Strategy, check_table_loops, table_row
+
+LOOP_ADAPTERS: Registry[LoopAdapter] = Registry("loop_adapter")
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class LoopAdapter(Strategy):
+    """Abstract loop adapter: a recipe for the modules that sit beside the projections of the core's layers."""
+
+    @abstractmethod
+    def for_projection(self, name: str, in_features: int, out_features: int) -> LoopLoRA | None:
+        """The module beside projection `name` of one core layer, or `None` where the adapter does not act."""
+
+
+@LOOP_ADAPTERS.register("none")
+@final
+class NoLoopAdapter(LoopAdapter):
+    """Every loop uses the shared weights as they are."""
+
+    def for_projection(self, name: str, in_features: int, out_features: int) -> LoopLoRA | None:
+        return None
+
+
+@LOOP_ADAPTERS.register("lora")
+@final
+class LoraLoopAdapter(LoopAdapter):
+    """W_t = W + (alpha / rank) B_t A_t per loop t (Relaxed Recursive Transformers, arXiv 2410.20672, section 3)."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Params:
+        """Attributes:
+        rank: r, at least 1.
+        alpha: numerator of the scale alpha / r; `None`: r, a scale of 1.
+        targets: projections that get an adapter.
+        table_loops: loops with an adapter of their own (`None`: the config's `num_loops`).
+        """
+
+        rank: int = 8
+        alpha: float | None = None
+        targets: tuple[str, ...] = TARGETS
+        table_loops: int | None = None
+
+        def __post_init__(self):
+            if not isinstance(self.rank, int) or self.rank < 1:
+                raise ValueError(f"rank={self.rank!r} must be an integer of at least 1.")
+            unknown = sorted(set(self.targets) - set(TARGETS))
+            if unknown or not self.targets or isinstance(self.targets, str):
+                raise ValueError(f"targets={self.targets!r} must be a list of some of: {', '.join(TARGETS)}.")
+            check_table_loops(self.table_loops)
+
+    def for_projection(self, name: str, in_features: int, out_features: int) -> LoopLoRA | None:
+        if name not in self.params.targets:
+            return None
+        return LoopLoRA(
+            in_features,
+            out_features,
+            rank=self.params.rank,
+            scale=(self.params.rank if self.params.alpha is None else self.params.alpha) / self.params.rank,
+            table_loops=self.params.table_loops,
+        )
+
+
+@final
+class LoopLoRA(nn.Module):
+    """The low-rank difference of one projection, one pair of factors per loop.
+
+    Args:
+        in_features, out_features: of the projection it stands beside.
+        rank: r.
+        scale: factor of the difference.
+        table_loops: T.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, rank: int, scale: float, table_loops: int):
+        super().__init__()
+        self.scale = scale
+        # Parameters, not Linears: PEFT's "all-linear" must see each physical projection once and nothing else.
+        self.A = nn.Parameter(torch.empty(table_loops, rank, in_features))
+        self.B = nn.Parameter(torch.empty(table_loops, out_features, rank))
+
+    def init_weights(self) -> None:
+        # LoRA's usual start (arXiv 2106.09685): the difference is zero and A is Kaiming-uniform with a = sqrt(5).
+        bound = 1.0 / math.sqrt(self.A.shape[-1])
+        init.uniform_(self.A, -bound, bound)
+        init.zeros_(self.B)
+
+    def forward(self, hidden_states: Tensor, loop_idx: int) -> Tensor:
+        """[..., in_features] -> [..., out_features], to be added to the shared projection's output."""
+        row = table_row(loop_idx, self.A.shape[0])
+        return F.linear(F.linear(hidden_states, self.A[row]), self.B[row]) * self.scale
+
+    def difference(self, loop_idx: int) -> Tensor:
+        """The matrix [out_features, in_features] that loop `loop_idx` adds to the shared weight."""
+        row = table_row(loop_idx, self.A.shape[0])
+        return self.scale * (self.B[row] @ self.A[row])
+
+    def extra_repr(self) -> str:
+        loops, rank, in_features = self.A.shape
+        return f"{in_features} -> {self.B.shape[1]}, rank={rank}, table_loops={loops}, scale={self.scale}"

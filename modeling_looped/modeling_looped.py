@@ -1,0 +1,570 @@
+"""Looped language models: prelude, a core that runs `num_loops` times, coda.
+
+B batch, S tokens, D hidden size, T loops, P, R, C layers of prelude, core and coda; N = P + R*T + C slots.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
+from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .conditioning import LOOP_CONDITIONINGS
+from .configuration_looped import FOREIGN_LOOP_NAMES, LoopedConfig
+from .generation import LoopedGenerationMixin
+from .injection import INJECTIONS
+from .layers import LoopedAttention, LoopedDecoderLayer, LoopedRMSNorm, LoopedRotaryEmbedding
+from .loop_adapter import LOOP_ADAPTERS, LoopLoRA
+from .loop_update import LOOP_UPDATES
+from .readout import READOUTS
+from .registry import BuildContext, Strategy
+from .slots import SlotLayout
+from .state import STATE_INITS
+
+logger = logging.get_logger(__name__)
+
+MASK_FUNCTIONS = {
+    "full_attention": create_causal_mask,
+    "sliding_attention": create_sliding_window_causal_mask,
+}
+
+
+@dataclasses.dataclass
+class LoopedModelOutput(BaseModelOutputWithPast):
+    """Output of [`LoopedModel`].
+
+    Args:
+        loop_hidden_states (`tuple[torch.FloatTensor]`, *optional*, with `output_loop_hidden_states=True`):
+            the state before the first loop and after each one, T + 1 tensors of shape [B, S, D].
+    """
+
+    loop_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclasses.dataclass
+class LoopedCausalLMOutput(CausalLMOutputWithPast):
+    """Output of [`LoopedForCausalLM`].
+
+    Args:
+        loop_hidden_states (`tuple[torch.FloatTensor]`, *optional*, with `output_loop_hidden_states=True`):
+            the state before the first loop and after each one, T + 1 tensors of shape [B, S, D].
+    """
+
+    loop_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+@auto_docstring
+class LoopedPreTrainedModel(PreTrainedModel):
+    config: LoopedConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LoopedDecoderLayer"]  # noqa: RUF012 (the host class reads plain lists and dicts)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _can_compile_fullgraph = True
+    _supports_attention_backend = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": LoopedDecoderLayer,
+        "attentions": LoopedAttention,
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Initialise one module.
+
+        | what | how | why |
+        |---|---|---|
+        | linear and embedding weights | N(0, initializer_range) | Transformers' default |
+        | biases | 0 | |
+        | norms | 1 | |
+        | strategies, loop adapters | their own `init_weights`, documented there | |
+        | rotary tables | recomputed | they are not in the checkpoint |
+        """
+        super()._init_weights(module)
+        if isinstance(module, Strategy | LoopLoRA):
+            module.init_weights()
+
+    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+        super()._set_gradient_checkpointing(enable, *args, **kwargs)
+        if enable and self.config.checkpoint_granularity == "loop":
+            for module in self.modules():
+                if isinstance(module, LoopedDecoderLayer) and self.config.is_core_layer(module.layer):
+                    module.gradient_checkpointing = False  # the loop around it is recomputed as a whole
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any):
+        """As in Transformers, except that `use_reentrant=True` is refused.
+
+        Raises:
+            ValueError: for `use_reentrant=True`: its hooks fire once per use of a parameter, and a looped layer's are used
+                several times, which DistributedDataParallel rejects in the middle of a step.
+        """
+        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+            raise ValueError(
+                "use_reentrant=True does not work with layers that run several times in one forward (under "
+                "DistributedDataParallel it fails with 'marked as ready twice'). Use "
+                'gradient_checkpointing_kwargs={"use_reentrant": False}, or leave it out.'
+            )
+        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+
+    def compile_blocks(self, **kwargs: Any) -> None:
+        """Compile the two halves of every layer (up to attention, and after it), the documented way to use
+        `torch.compile` with a loop count that varies: the graphs do not depend on it.
+
+        The dispatch of attention stays outside of the graphs, since the module that does it differs in every loop.
+
+        Args:
+            kwargs: passed to `torch.compile`.
+        """
+        for module in self.modules():
+            if isinstance(module, LoopedDecoderLayer):
+                module.self_attn.project = torch.compile(module.self_attn.project, **kwargs)
+                module.feed_forward = torch.compile(module.feed_forward, **kwargs)
+
+
+@auto_docstring
+class LoopedModel(LoopedPreTrainedModel):
+    def __init__(self, config: LoopedConfig):
+        super().__init__(config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+
+        context = BuildContext(
+            hidden_size=config.hidden_size,
+            num_core_layers=config.num_core_layers,
+            initializer_range=config.initializer_range,
+            rms_norm_eps=config.rms_norm_eps,
+        )
+        conditioning = LOOP_CONDITIONINGS.build(config.loop_conditioning, context)
+        adapter = LOOP_ADAPTERS.build(config.loop_adapter, context)
+        # One list of the stored layers, so that the names, plans and regular expressions that the ecosystem writes for
+        # `model.layers.<i>` mean the physical layers here too.
+        self.layers = nn.ModuleList(
+            LoopedDecoderLayer(config, layer, conditioning.norm_rows, adapter)
+            if config.is_core_layer(layer)
+            else LoopedDecoderLayer(config, layer)
+            for layer in range(config.num_stored_layers)
+        )
+        if config.num_core_layers > 0:
+            self.prelude_norm = LoopedRMSNorm(config.hidden_size, config.rms_norm_eps) if config.prelude_norm else None
+            self.injection = INJECTIONS.build(config.injection, context)
+            self.state_init = STATE_INITS.build(config.state_init, context)
+            self.loop_update = LOOP_UPDATES.build(config.loop_update, context)
+            self.loop_conditioning = conditioning
+            self.readout = READOUTS.build(config.readout, context)
+        self.norm = LoopedRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = LoopedRotaryEmbedding(config)
+        self.attention_types = sorted(set(config.layer_types))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        num_loops: int | None = None,
+        initial_state: torch.FloatTensor | None = None,
+        output_loop_hidden_states: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LoopedModelOutput:
+        r"""
+        num_loops (`int`, *optional*):
+            How often the core runs in this call; `None`: `config.num_loops`. A cache belongs to one loop count.
+        initial_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+            State before the first loop, in place of what `config.state_init` makes.
+        output_loop_hidden_states (`bool`, *optional*, defaults to `False`):
+            Whether to return `loop_hidden_states`, the state before the first loop and after each one.
+        """
+        refuse_foreign_loop_names(kwargs)
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+        layout = self._layout(num_loops)
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if self.config.embedding_scale != 1.0:
+            inputs_embeds = inputs_embeds * self.config.embedding_scale
+
+        if not self.config.is_causal:
+            use_cache, past_key_values = False, None
+        if use_cache and past_key_values is None:
+            sized = self.config if layout.loops == self.config.num_loops else self.config.with_num_loops(layout.loops)
+            past_key_values = DynamicCache(config=sized)
+        num_slots = self._slots_to_run(layout)
+        if past_key_values is not None:
+            refuse_foreign_cache(past_key_values, num_slots, layout)
+
+        if position_ids is None:
+            position_ids = default_position_ids(inputs_embeds, attention_mask, past_key_values)
+        masks = self._attention_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
+        run = partial(
+            self._run_layers,
+            layout=layout,
+            num_slots=num_slots,
+            masks=masks,
+            position_embeddings=self.rotary_emb(inputs_embeds, position_ids),
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+        prelude, core, coda = layout.stored_ranges()
+        hidden_states, states = run(inputs_embeds, prelude), None
+        if core:
+            loops = layout.loops_within(num_slots)
+            hidden_states, states = self._run_loops(hidden_states, initial_state, position_ids, loops, layout, run)
+            hidden_states = self.readout(hidden_states)
+            if self.config.final_norm == "after_loops":
+                hidden_states = self.norm(hidden_states)
+        hidden_states = run(hidden_states, coda)
+        if not core or coda or self.config.final_norm != "every_loop":
+            hidden_states = self.norm(hidden_states)
+        return LoopedModelOutput(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            loop_hidden_states=states if output_loop_hidden_states else None,
+        )
+
+    def _run_loops(
+        self,
+        prelude: Tensor,
+        initial_state: Tensor | None,
+        position_ids: Tensor,
+        loops: int,
+        layout: SlotLayout,
+        run: Callable[..., Tensor],
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The recurrence. Returns the last state, and the states before the first loop and after each one."""
+        if self.prelude_norm is not None:
+            prelude = self.prelude_norm(prelude)
+        inject = self.injection(prelude)
+        state = self.state_init(prelude, position_ids) if initial_state is None else initial_state.to(prelude)
+        step = self._step
+        if self.gradient_checkpointing and self.training and self.config.checkpoint_granularity == "loop":
+            step = partial(self._gradient_checkpointing_func, step)
+        # Truncated backpropagation: the leading loops only find a state to start from.
+        detached = layout.loops - (self.config.backprop_loops or layout.loops) if self.training else 0
+
+        states = [state]
+        for loop_idx in range(loops):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and loop_idx >= detached):
+                state = step(state, inject, loop_idx, layout, run)
+            states.append(state)
+        return state, tuple(states)
+
+    def _step(
+        self, state: Tensor, inject: Callable[[Tensor], Tensor], loop_idx: int, layout: SlotLayout, run: Callable
+    ) -> Tensor:
+        """One loop: [B, S, D] -> [B, S, D]."""
+        _, core, _ = layout.stored_ranges()
+        output = run(self.loop_conditioning(inject(state), loop_idx), core, loop_idx)
+        # The core may end on another device than it started on.
+        state = self.loop_update(state.to(output.device), output, loop_idx, layout.loops)
+        return self.norm(state) if self.config.final_norm == "every_loop" else state
+
+    def _run_layers(
+        self,
+        hidden_states: Tensor,
+        layers: range,
+        loop_idx: int = 0,
+        *,
+        layout: SlotLayout,
+        num_slots: int,
+        masks: dict[str, Any],
+        **kwargs: Any,
+    ) -> Tensor:
+        """Stored layers `layers`, in loop `loop_idx`, as far as the first `num_slots` slots go."""
+        for index in layers:
+            slot = layout.slot(index, loop_idx)
+            if slot >= num_slots:
+                break
+            layer = self.layers[index]
+            mask = masks[layer.attention_type]
+            hidden_states = layer(hidden_states, slot, loop_idx, attention_mask=mask, **kwargs)
+        return hidden_states
+
+    def _layout(self, num_loops: int | None) -> SlotLayout:
+        """Slots of a call with `num_loops` loops, after checking it."""
+        if num_loops is None:
+            num_loops = self.config.num_loops
+        elif isinstance(num_loops, bool) or not hasattr(num_loops, "__index__") or operator.index(num_loops) < 1:
+            raise ValueError(f"num_loops={num_loops!r} must be an integer of at least 1.")
+        trained = self.config.max_trained_loops
+        if trained is not None and num_loops > trained and not torch.compiler.is_compiling():
+            logger.warning_once(
+                f"num_loops={num_loops} is more than max_trained_loops={trained}, the most that this model was trained "
+                "with; it may get worse instead of better."
+            )
+        return self.config.slot_layout(operator.index(num_loops))
+
+    def _slots_to_run(self, layout: SlotLayout) -> int:
+        """All slots, unless early-exit drafting has cut `config.num_hidden_layers` to fewer."""
+        cut = self.config.num_hidden_layers
+        return layout.num_slots if cut >= self.config.slot_layout().num_slots else min(cut, layout.num_slots)
+
+    def _attention_masks(
+        self,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | dict[str, Any] | None,
+        position_ids: Tensor,
+        past_key_values: Cache | None,
+    ) -> dict[str, Any]:
+        """One mask per attention type in use; every slot of a type sees the same tokens, so all loops share it."""
+        if isinstance(attention_mask, dict):  # generate has made them already, for a compiled forward
+            return attention_mask
+        return {
+            attention_type: MASK_FUNCTIONS[attention_type](
+                config=self.config,
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            )
+            for attention_type in self.attention_types
+        }
+
+
+def refuse_foreign_loop_names(kwargs: dict[str, Any]) -> None:
+    """Raise TypeError for another model's word for the loop count, which `**kwargs` would swallow without effect."""
+    for name in FOREIGN_LOOP_NAMES.intersection(kwargs):
+        raise TypeError(f"forward() got an unexpected keyword argument {name!r}: the loop count is called num_loops.")
+
+
+def refuse_foreign_cache(cache: Cache, num_slots: int, layout: SlotLayout) -> None:
+    """Raise ValueError for a cache that was made for another loop count."""
+    held = len(cache.layers)
+    grows = getattr(cache, "layer_class_to_replicate", None) is not None
+    if held == num_slots or (grows and held == 0):
+        return
+    raise ValueError(
+        f"num_loops={layout.loops} needs a cache of {num_slots} slots (one per loop and layer) and this one has {held}: "
+        "a cache belongs to one loop count. Start a new cache, or pass the num_loops it was made with."
+    )
+
+
+def default_position_ids(inputs_embeds: Tensor, attention_mask: Any, past_key_values: Cache | None) -> Tensor:
+    """Positions [B or 1, S] where the caller gave none: counted over the tokens that a 2-D mask lets through, so that a
+    padded row sees the positions it would see alone; otherwise counted on from the cache."""
+    length = inputs_embeds.shape[1]
+    fixed_size = past_key_values is not None and past_key_values.is_compileable
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and not fixed_size:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+    return (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
+
+
+class LoopedHeadMixin:
+    """What the language-model heads share: hidden states to logits."""
+
+    config: LoopedConfig
+    lm_head: nn.Linear
+
+    def to_logits(self, hidden_states: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, vocabulary], scaled and soft-capped as the config says."""
+        logits = self.lm_head(hidden_states)
+        if self.config.logit_scale != 1.0:
+            logits = logits * self.config.logit_scale
+        cap = self.config.final_logit_softcapping
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+@auto_docstring
+class LoopedForCausalLM(LoopedHeadMixin, LoopedPreTrainedModel, LoopedGenerationMixin, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+
+    def __init__(self, config: LoopedConfig):
+        super().__init__(config)
+        if not config.is_causal:
+            raise ValueError(
+                "is_causal=False: LoopedForCausalLM predicts the next token and needs is_causal=True; for a bidirectional "
+                "model use LoopedForMaskedLM or a classification head."
+            )
+        self.model = LoopedModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        num_loops: int | None = None,
+        initial_state: torch.FloatTensor | None = None,
+        output_loop_hidden_states: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> LoopedCausalLMOutput:
+        r"""
+        num_loops (`int`, *optional*):
+            How often the core runs in this call; `None`: `config.num_loops`. A cache belongs to one loop count.
+        initial_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+            State before the first loop, in place of what `config.state_init` makes.
+        output_loop_hidden_states (`bool`, *optional*, defaults to `False`):
+            Whether to return `loop_hidden_states`, the state before the first loop and after each one.
+
+        Example:
+
+        ```python
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> import modeling_looped  # registers the Auto classes
+
+        >>> model = AutoModelForCausalLM.from_pretrained("path/to/looped")
+        >>> tokenizer = AutoTokenizer.from_pretrained("path/to/looped")
+        >>> inputs = tokenizer("The capital of France is", return_tensors="pt")
+        >>> tokens = model.generate(**inputs, max_new_tokens=8, num_loops=2)
+        ```"""
+        outputs: LoopedModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            num_loops=num_loops,
+            initial_state=initial_state,
+            output_loop_hidden_states=output_loop_hidden_states,
+            **kwargs,
+        )
+        logits = self.to_logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return LoopedCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            loop_hidden_states=outputs.loop_hidden_states,
+        )
+
+
+@auto_docstring
+class LoopedForMaskedLM(LoopedHeadMixin, LoopedPreTrainedModel):
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
+    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+
+    def __init__(self, config: LoopedConfig):
+        super().__init__(config)
+        if config.is_causal:
+            raise ValueError(
+                "is_causal=True: LoopedForMaskedLM sees both sides of a token; make the config with is_causal=False."
+            )
+        self.model = LoopedModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        num_loops: int | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
+            Tokens to predict, in the place where they stand (not shifted); -100 is ignored.
+        num_loops (`int`, *optional*):
+            How often the core runs in this call; `None`: `config.num_loops`.
+        """
+        outputs: LoopedModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            num_loops=num_loops,
+            **kwargs,
+        )
+        logits = self.to_logits(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+# Transformers' generic heads ask `AutoModel` for their base model, which cannot know our class where a folder's code is
+# loaded with `trust_remote_code` and the package is not installed; hence constructors of our own.
+
+
+@auto_docstring
+class LoopedForSequenceClassification(GenericForSequenceClassification, LoopedPreTrainedModel):
+    def __init__(self, config: LoopedConfig):
+        LoopedPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = LoopedModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+@auto_docstring
+class LoopedForTokenClassification(GenericForTokenClassification, LoopedPreTrainedModel):
+    def __init__(self, config: LoopedConfig):
+        LoopedPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = LoopedModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+
+@auto_docstring
+class LoopedForQuestionAnswering(GenericForQuestionAnswering, LoopedPreTrainedModel):
+    def __init__(self, config: LoopedConfig):
+        LoopedPreTrainedModel.__init__(self, config)
+        self.model = LoopedModel(config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+
+__all__ = [
+    "LoopedForCausalLM",
+    "LoopedForMaskedLM",
+    "LoopedForQuestionAnswering",
+    "LoopedForSequenceClassification",
+    "LoopedForTokenClassification",
+    "LoopedModel",
+    "LoopedPreTrainedModel",
+]

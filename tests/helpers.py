@@ -1,0 +1,75 @@
+"""What the tests share: tiny configurations, models and inputs, and one table of tolerances."""
+
+from typing import Any
+
+import torch
+
+from modeling_looped import LoopedConfig, LoopedForCausalLM
+
+#: Largest absolute difference that counts as equal, per dtype, for logits of order one.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+
+#: A configuration of every injection, state, update and conditioning that the common batteries run over.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "parcae": {},
+    "zoh": {"injection": {"type": "diagonal", "input_matrix": "zoh"}, "readout": "linear"},
+    "add": {"injection": "add"},
+    "concat": {"injection": "concat", "state_init": {"type": "normal", "seed": 3}},
+    "in_place": {"injection": "none", "state_init": "input", "prelude_norm": False},
+    "damped": {"injection": "none", "state_init": "input", "prelude_norm": False, "loop_update": "damped"},
+    "scaled": {"loop_update": {"type": "learned_scale", "initial_scale": 0.5}},
+    "gated": {"loop_update": {"type": "gated", "initial_gate": 0.3, "free_loops": 1}},
+    "embedding": {"loop_conditioning": "embedding"},
+    "sinusoidal": {"loop_conditioning": "sinusoidal"},
+    "norms": {"loop_conditioning": "norms", "qk_norm": "per_head"},
+    "lora": {"loop_adapter": {"type": "lora", "rank": 3}},
+    "sandwich": {"norm_placement": "sandwich", "final_norm": "every_loop", "injection": "none", "state_init": "input"},
+    "sandwich_sum": {"norm_placement": "sandwich_sum", "final_norm": "after_loops", "embedding_scale": 2.0},
+    "post": {"norm_placement": "post", "mlp_type": "plain", "hidden_act": "gelu"},
+    "post_branch": {"norm_placement": "post_branch", "qk_norm": "flat", "attention_bias": True},
+    "sliding": {"sliding_window": 4, "stored_layer_types": ["full_attention", "sliding_attention"] * 2},
+    "capped": {"final_logit_softcapping": 3.0, "logit_scale": 0.5, "tie_word_embeddings": True, "mlp_bias": True},
+    "stacked": {"num_core_layers": 0, "num_prelude_layers": 3},
+}
+
+
+def tiny_config(**overrides: Any) -> LoopedConfig:
+    """One prelude layer, two core layers run three times, one coda layer; 32 wide, 4 heads over 2 key-value heads."""
+    settings: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "num_prelude_layers": 1,
+        "num_core_layers": 2,
+        "num_coda_layers": 1,
+        "num_loops": 3,
+        "max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    return LoopedConfig(**{**settings, **overrides})
+
+
+def randomise(model: torch.nn.Module, *, seed: int = 0, std: float = 0.3) -> torch.nn.Module:
+    """Give every parameter a random value, so that nothing that a start at 0 or 1 would hide stays hidden."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            parameter.add_((std * noise / max(1, parameter.shape[-1]) ** 0.5).to(parameter.dtype))
+    return model
+
+
+def tiny_model(*, attn_implementation: str = "sdpa", seed: int = 0, **overrides: Any) -> LoopedForCausalLM:
+    """A randomised tiny causal model in evaluation mode."""
+    config = tiny_config(**overrides)
+    config._attn_implementation = attn_implementation
+    return randomise(LoopedForCausalLM(config), seed=seed).eval()
+
+
+def random_tokens(batch: int = 2, length: int = 7, *, seed: int = 0, vocab_size: int = 97) -> torch.Tensor:
+    """Token ids [batch, length], none of them a special token."""
+    return torch.randint(3, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
