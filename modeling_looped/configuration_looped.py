@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import difflib
+from collections.abc import Iterable
 from typing import Any, Self
 
 from huggingface_hub.dataclasses import strict
@@ -12,6 +13,7 @@ from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils import logging
 
 from .conditioning import LOOP_CONDITIONINGS
+from .halting import HALTINGS
 from .injection import INJECTIONS
 from .loop_adapter import LOOP_ADAPTERS
 from .loop_update import LOOP_UPDATES
@@ -26,7 +28,7 @@ logger = logging.get_logger(__name__)
 #: Config field -> the registry of its types.
 STRATEGY_FIELDS: dict[str, Registry] = {
     registry.field: registry
-    for registry in (INJECTIONS, STATE_INITS, LOOP_UPDATES, LOOP_CONDITIONINGS, LOOP_ADAPTERS, READOUTS)
+    for registry in (INJECTIONS, STATE_INITS, LOOP_UPDATES, LOOP_CONDITIONINGS, LOOP_ADAPTERS, HALTINGS, READOUTS)
 }
 
 #: Fields from which the number of slots and their attention types follow.
@@ -138,12 +140,20 @@ class LoopedConfig(PreTrainedConfig):
             every type that Transformers knows.
         embedding_scale, logit_scale (`float`, default to 1): factors on the embeddings and on the logits.
         final_logit_softcapping (`float`, *optional*): c in c * tanh(logits / c), after the scale.
-        injection (`dict` or `str`, defaults to `"diagonal"`): how the prelude enters each loop [injection.py].
-        state_init (`dict` or `str`, defaults to `"zeros"`): the state before the first loop [state.py].
-        loop_update (`dict` or `str`, defaults to `"replace"`): how a loop's result becomes the state [loop_update.py].
-        loop_conditioning (`dict` or `str`, defaults to `"none"`): how layers know the loop [conditioning.py].
-        loop_adapter (`dict` or `str`, defaults to `"none"`): low-rank weights per loop [loop_adapter.py].
-        readout (`dict` or `str`, defaults to `"none"`): map from the last state to the coda [readout.py].
+        injection (`dict` or `str`, defaults to `"diagonal"`): how the prelude enters each loop: `none`, `add`, `concat` or
+            `diagonal` [injection.py].
+        state_init (`dict` or `str`, defaults to `"zeros"`): the state before the first loop: `input` (the prelude),
+            `zeros` or `normal` [state.py].
+        loop_update (`dict` or `str`, defaults to `"replace"`): how a loop's result becomes the state: `replace`, `damped`,
+            `learned_scale` or `gated` [loop_update.py].
+        loop_conditioning (`dict` or `str`, defaults to `"none"`): how layers know the loop: `none`, `embedding`,
+            `sinusoidal` or `norms` [conditioning.py].
+        loop_adapter (`dict` or `str`, defaults to `"none"`): low-rank weights per loop: `none` or `lora`
+            [loop_adapter.py].
+        halting (`dict` or `str`, defaults to `"none"`): which loop's state each token is read from: `none`, `state_change`,
+            `gate` or `act` [halting.py].
+        readout (`dict` or `str`, defaults to `"none"`): map from the last state to the coda: `none` or `linear`
+            [readout.py].
         backprop_loops (`int`, *optional*): in training, only the last so many loops keep a graph (truncated
             backpropagation). `None`: all.
         checkpoint_granularity (`str`, defaults to `"layer"`): what gradient checkpointing, once enabled, recomputes at
@@ -204,6 +214,7 @@ class LoopedConfig(PreTrainedConfig):
     loop_update: dict | str = "replace"
     loop_conditioning: dict | str = "none"
     loop_adapter: dict | str = "none"
+    halting: dict | str = "none"
     readout: dict | str = "none"
     backprop_loops: int | None = None
     checkpoint_granularity: str = "layer"
@@ -271,7 +282,15 @@ class LoopedConfig(PreTrainedConfig):
         """A copy at another loop count, for sizing a cache without touching this config."""
         other = copy.copy(self)
         other.num_loops = num_loops
+        other.num_hidden_layers = self.slots_to_run(num_loops)
         return other
+
+    def slots_to_run(self, num_loops: int) -> int:
+        """Slots that a call with `num_loops` loops runs: all, unless early-exit drafting has written the number of slots
+        after which it stops to `num_hidden_layers`."""
+        slots = self.slot_layout(num_loops).num_slots
+        is_cut = self.num_hidden_layers != self.slot_layout().num_slots
+        return min(self.num_hidden_layers, slots) if is_cut else slots
 
     @property
     def num_stored_layers(self) -> int:
@@ -391,7 +410,7 @@ class LoopedConfig(PreTrainedConfig):
 
     def validate_strategies(self) -> None:
         if self.num_core_layers == 0:
-            for field, harmless in (("loop_adapter", "none"), ("readout", "none")):
+            for field, harmless in (("loop_adapter", "none"), ("halting", "none"), ("readout", "none")):
                 if getattr(self, field)["type"] != harmless:
                     raise ValueError(
                         f"{field}={getattr(self, field)['type']!r} acts on the core, and num_core_layers=0: "
@@ -407,7 +426,8 @@ class LoopedConfig(PreTrainedConfig):
             )
 
     def validate_backprop(self) -> None:
-        if self.backprop_loops is None or self.num_core_layers == 0 or self.backprop_loops >= self.num_loops:
+        # Whatever num_loops is here: a forward with more loops than backprop_loops would truncate.
+        if self.backprop_loops is None or self.num_core_layers == 0:
             return
         if not INJECTIONS[self.injection["type"]].carries_prelude:
             raise ValueError(
@@ -454,6 +474,12 @@ class LoopedConfig(PreTrainedConfig):
                     f"{name}={given} is ignored: it follows from the layer counts and num_loops, which make it "
                     f"{derived}. Set {setter} instead."
                 )
+
+
+def refuse_foreign_loop_names(names: Iterable[str], where: str) -> None:
+    """Raise TypeError for another model's word for the loop count, which Transformers would take in without effect."""
+    for name in FOREIGN_LOOP_NAMES.intersection(names):
+        raise TypeError(f"{where}() got an unexpected keyword argument {name!r}: the loop count is called num_loops.")
 
 
 __all__ = ["LoopedConfig"]

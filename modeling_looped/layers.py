@@ -78,28 +78,22 @@ class LoopedRotaryEmbedding(nn.Module):
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`position_ids` [B or 1, S] -> cosines and sines [B or 1, 1, S, rotated channels], in the dtype of `x`."""
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
-        angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
-        return (
-            (angles.cos() * self.attention_scaling).to(x.dtype),
-            (angles.sin() * self.attention_scaling).to(x.dtype),
-        )
+        """`position_ids` [B or 1, S] -> cosines and signed sines [B or 1, 1, S, rotated channels], in the dtype of `x`.
 
-
-def rotate_half(x: Tensor) -> Tensor:
-    """(x1, x2) -> (-x2, x1) on the halves of the last axis."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((-second, first), dim=-1)
+        The sines of the first half are negated, which is all that `rotate_half` adds to swapping the halves.
+        """
+        angles = (position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)).unsqueeze(1)
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((-sin, sin), dim=-1).to(x.dtype)
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first channels of `x` [B, H, S, K] by `cos`, `sin` [B, 1, S, R], R <= K; the others pass."""
+    """Rotate the first channels of `x` [B, H, S, K] by `cos` and signed `sin` [B, 1, S, R], R <= K; the others pass."""
     rotated_channels = cos.shape[-1]
-    if rotated_channels == x.shape[-1]:
-        return x * cos + rotate_half(x) * sin
-    rotated, rest = x[..., :rotated_channels], x[..., rotated_channels:]
-    return torch.cat((rotated * cos + rotate_half(rotated) * sin, rest), dim=-1)
+    if rotated_channels < x.shape[-1]:
+        rotated, rest = x[..., :rotated_channels], x[..., rotated_channels:]
+        return torch.cat((apply_rotary(rotated, cos, sin), rest), dim=-1)
+    return torch.addcmul(x * cos, x.roll(rotated_channels // 2, dims=-1), sin)
 
 
 def eager_attention_forward(

@@ -4,7 +4,6 @@ B batch, S tokens, D hidden size, T loops, P, R, C layers of prelude, core and c
 """
 
 import dataclasses
-import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,15 +26,16 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
 from .conditioning import LOOP_CONDITIONINGS
-from .configuration_looped import FOREIGN_LOOP_NAMES, LoopedConfig
+from .configuration_looped import LoopedConfig, refuse_foreign_loop_names
 from .generation import LoopedGenerationMixin
+from .halting import HALTINGS, Readings
 from .injection import INJECTIONS
 from .layers import LoopedAttention, LoopedDecoderLayer, LoopedRMSNorm, LoopedRotaryEmbedding
 from .loop_adapter import LOOP_ADAPTERS, LoopLoRA
 from .loop_update import LOOP_UPDATES
 from .readout import READOUTS
 from .registry import BuildContext, Strategy
-from .slots import SlotLayout
+from .slots import SlotLayout, checked_num_loops
 from .state import STATE_INITS
 
 logger = logging.get_logger(__name__)
@@ -53,9 +53,12 @@ class LoopedModelOutput(BaseModelOutputWithPast):
     Args:
         loop_hidden_states (`tuple[torch.FloatTensor]`, *optional*, with `output_loop_hidden_states=True`):
             the state before the first loop and after each one, T + 1 tensors of shape [B, S, D].
+        exit_loops (`torch.LongTensor` of shape [B, S], *optional*, if `config.halting` chooses):
+            number of loops after which each token halted.
     """
 
     loop_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    exit_loops: torch.LongTensor | None = None
 
 
 @dataclasses.dataclass
@@ -65,9 +68,12 @@ class LoopedCausalLMOutput(CausalLMOutputWithPast):
     Args:
         loop_hidden_states (`tuple[torch.FloatTensor]`, *optional*, with `output_loop_hidden_states=True`):
             the state before the first loop and after each one, T + 1 tensors of shape [B, S, D].
+        exit_loops (`torch.LongTensor` of shape [B, S], *optional*, if `config.halting` chooses):
+            number of loops after which each token halted.
     """
 
     loop_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    exit_loops: torch.LongTensor | None = None
 
 
 @auto_docstring
@@ -117,13 +123,15 @@ class LoopedPreTrainedModel(PreTrainedModel):
             ValueError: for `use_reentrant=True`: its hooks fire once per use of a parameter, and a looped layer's are used
                 several times, which DistributedDataParallel rejects in the middle of a step.
         """
-        if (activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        given = activation_checkpointing_kwargs or {}
+        if given.get("use_reentrant"):
             raise ValueError(
                 "use_reentrant=True does not work with layers that run several times in one forward (under "
                 "DistributedDataParallel it fails with 'marked as ready twice'). Use "
                 'gradient_checkpointing_kwargs={"use_reentrant": False}, or leave it out.'
             )
-        super().activation_checkpointing_enable(activation_checkpointing_kwargs, **kwargs)
+        # torch reads a missing `use_reentrant` as True, so other options must not leave it out
+        super().activation_checkpointing_enable({**given, "use_reentrant": False}, **kwargs)
 
     def compile_blocks(self, **kwargs: Any) -> None:
         """Compile the two halves of every layer (up to attention, and after it), the documented way to use
@@ -170,6 +178,7 @@ class LoopedModel(LoopedPreTrainedModel):
             self.state_init = STATE_INITS.build(config.state_init, context)
             self.loop_update = LOOP_UPDATES.build(config.loop_update, context)
             self.loop_conditioning = conditioning
+            self.halting = HALTINGS.build(config.halting, context)
             self.readout = READOUTS.build(config.readout, context)
         self.norm = LoopedRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LoopedRotaryEmbedding(config)
@@ -201,7 +210,7 @@ class LoopedModel(LoopedPreTrainedModel):
         output_loop_hidden_states (`bool`, *optional*, defaults to `False`):
             Whether to return `loop_hidden_states`, the state before the first loop and after each one.
         """
-        refuse_foreign_loop_names(kwargs)
+        refuse_foreign_loop_names(kwargs, "forward")
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         layout = self._layout(num_loops)
@@ -215,9 +224,11 @@ class LoopedModel(LoopedPreTrainedModel):
         if use_cache and past_key_values is None:
             sized = self.config if layout.loops == self.config.num_loops else self.config.with_num_loops(layout.loops)
             past_key_values = DynamicCache(config=sized)
-        num_slots = self._slots_to_run(layout)
+        num_slots = self.config.slots_to_run(layout.loops)
         if past_key_values is not None:
             refuse_foreign_cache(past_key_values, num_slots, layout)
+            if self.gradient_checkpointing and self.training:
+                refuse_cache_in_recompute()
 
         if position_ids is None:
             position_ids = default_position_ids(inputs_embeds, attention_mask, past_key_values)
@@ -235,11 +246,11 @@ class LoopedModel(LoopedPreTrainedModel):
         )
 
         prelude, core, coda = layout.stored_ranges()
-        hidden_states, states = run(inputs_embeds, prelude), None
+        hidden_states, states, exit_loops = run(inputs_embeds, prelude), None, None
         if core:
             loops = layout.loops_within(num_slots)
-            hidden_states, states = self._run_loops(hidden_states, initial_state, position_ids, loops, layout, run)
-            hidden_states = self.readout(hidden_states)
+            readings, states = self._run_loops(hidden_states, initial_state, position_ids, loops, layout, run)
+            hidden_states, exit_loops = self.readout(readings.output), readings.exit_loops
             if self.config.final_norm == "after_loops":
                 hidden_states = self.norm(hidden_states)
         hidden_states = run(hidden_states, coda)
@@ -249,6 +260,7 @@ class LoopedModel(LoopedPreTrainedModel):
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
             loop_hidden_states=states if output_loop_hidden_states else None,
+            exit_loops=exit_loops,
         )
 
     def _run_loops(
@@ -259,8 +271,8 @@ class LoopedModel(LoopedPreTrainedModel):
         loops: int,
         layout: SlotLayout,
         run: Callable[..., Tensor],
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The recurrence. Returns the last state, and the states before the first loop and after each one."""
+    ) -> tuple[Readings, tuple[Tensor, ...]]:
+        """The recurrence. Returns what is read from it, and the states before the first loop and after each one."""
         if self.prelude_norm is not None:
             prelude = self.prelude_norm(prelude)
         inject = self.injection(prelude)
@@ -271,12 +283,14 @@ class LoopedModel(LoopedPreTrainedModel):
         # Truncated backpropagation: the leading loops only find a state to start from.
         detached = layout.loops - (self.config.backprop_loops or layout.loops) if self.training else 0
 
-        states = [state]
+        states, readings = [state], self.halting.start(state)
         for loop_idx in range(loops):
             with torch.set_grad_enabled(torch.is_grad_enabled() and loop_idx >= detached):
                 state = step(state, inject, loop_idx, layout, run)
+                before = (readings.to(state.device), states[-1].to(state.device))
+                readings = self.halting(*before, state, loop_idx, loop_idx == loops - 1)
             states.append(state)
-        return state, tuple(states)
+        return readings, tuple(states)
 
     def _step(
         self, state: Tensor, inject: Callable[[Tensor], Tensor], loop_idx: int, layout: SlotLayout, run: Callable
@@ -311,22 +325,14 @@ class LoopedModel(LoopedPreTrainedModel):
 
     def _layout(self, num_loops: int | None) -> SlotLayout:
         """Slots of a call with `num_loops` loops, after checking it."""
-        if num_loops is None:
-            num_loops = self.config.num_loops
-        elif isinstance(num_loops, bool) or not hasattr(num_loops, "__index__") or operator.index(num_loops) < 1:
-            raise ValueError(f"num_loops={num_loops!r} must be an integer of at least 1.")
+        num_loops = self.config.num_loops if num_loops is None else checked_num_loops(num_loops)
         trained = self.config.max_trained_loops
         if trained is not None and num_loops > trained and not torch.compiler.is_compiling():
             logger.warning_once(
                 f"num_loops={num_loops} is more than max_trained_loops={trained}, the most that this model was trained "
                 "with; it may get worse instead of better."
             )
-        return self.config.slot_layout(operator.index(num_loops))
-
-    def _slots_to_run(self, layout: SlotLayout) -> int:
-        """All slots, unless early-exit drafting has cut `config.num_hidden_layers` to fewer."""
-        cut = self.config.num_hidden_layers
-        return layout.num_slots if cut >= self.config.slot_layout().num_slots else min(cut, layout.num_slots)
+        return self.config.slot_layout(num_loops)
 
     def _attention_masks(
         self,
@@ -350,12 +356,6 @@ class LoopedModel(LoopedPreTrainedModel):
         }
 
 
-def refuse_foreign_loop_names(kwargs: dict[str, Any]) -> None:
-    """Raise TypeError for another model's word for the loop count, which `**kwargs` would swallow without effect."""
-    for name in FOREIGN_LOOP_NAMES.intersection(kwargs):
-        raise TypeError(f"forward() got an unexpected keyword argument {name!r}: the loop count is called num_loops.")
-
-
 def refuse_foreign_cache(cache: Cache, num_slots: int, layout: SlotLayout) -> None:
     """Raise ValueError for a cache that was made for another loop count."""
     held = len(cache.layers)
@@ -365,6 +365,15 @@ def refuse_foreign_cache(cache: Cache, num_slots: int, layout: SlotLayout) -> No
     raise ValueError(
         f"num_loops={layout.loops} needs a cache of {num_slots} slots (one per loop and layer) and this one has {held}: "
         "a cache belongs to one loop count. Start a new cache, or pass the num_loops it was made with."
+    )
+
+
+def refuse_cache_in_recompute() -> None:
+    """Raise ValueError: recomputing a layer would write its keys twice, and dropping the cache, as `generate` would not
+    notice, gives other tokens."""
+    raise ValueError(
+        "past_key_values cannot be used while gradient checkpointing recomputes layers. To generate, switch to "
+        "model.eval(), or pass use_cache=False; in training, leave the cache out."
     )
 
 
@@ -471,6 +480,7 @@ class LoopedForCausalLM(LoopedHeadMixin, LoopedPreTrainedModel, LoopedGeneration
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             loop_hidden_states=outputs.loop_hidden_states,
+            exit_loops=outputs.exit_loops,
         )
 
 

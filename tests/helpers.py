@@ -29,6 +29,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "post_branch": {"norm_placement": "post_branch", "qk_norm": "flat", "attention_bias": True},
     "sliding": {"sliding_window": 4, "stored_layer_types": ["full_attention", "sliding_attention"] * 2},
     "capped": {"final_logit_softcapping": 3.0, "logit_scale": 0.5, "tie_word_embeddings": True, "mlp_bias": True},
+    "halting_gate": {"halting": {"type": "gate", "threshold": 0.6}, "final_norm": "every_loop"},
+    "halting_act": {"halting": {"type": "act", "threshold": 0.9, "initial_bias": 0.0}},
+    "halting_change": {"halting": {"type": "state_change", "threshold": 0.8}},
     "stacked": {"num_core_layers": 0, "num_prelude_layers": 3},
 }
 
