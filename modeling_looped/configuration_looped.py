@@ -87,6 +87,11 @@ _HOST_KEYS = frozenset(
     )
 )
 
+#: A strategy: what the registry of its field accepts (a name, or a mapping with `type`), completed to a mapping.
+Spec = Any
+#: A field that may be left out because `__post_init__` fills it in; `None` only before that.
+Derived = Any
+
 NORM_PLACEMENTS = ("pre", "sandwich", "sandwich_sum", "post", "post_branch")
 FINAL_NORM_PLACEMENTS = ("end", "every_loop", "after_loops")
 QK_NORMS = ("none", "per_head", "flat")
@@ -175,7 +180,7 @@ class LoopedConfig(PreTrainedConfig):
     """
 
     model_type = "looped"
-    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (the host class reads it as a plain list)
+    keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 32000
     hidden_size: int = 768
@@ -185,10 +190,10 @@ class LoopedConfig(PreTrainedConfig):
     num_coda_layers: int = 2
     num_loops: int = 4
     max_trained_loops: int | None = None
-    num_hidden_layers: int | None = None
+    num_hidden_layers: Derived = None
     num_attention_heads: int = 12
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
+    num_key_value_heads: Derived = None
+    head_dim: Derived = None
     hidden_act: str = "silu"
     mlp_type: str = "gated"
     attention_bias: bool = False
@@ -201,7 +206,7 @@ class LoopedConfig(PreTrainedConfig):
     prelude_norm: bool = True
     rms_norm_eps: float = 1e-5
     stored_layer_types: list[str] | None = None
-    layer_types: list[str] | None = None
+    layer_types: Derived = None
     sliding_window: int | None = None
     is_causal: bool = True
     max_position_embeddings: int = 2048
@@ -209,13 +214,13 @@ class LoopedConfig(PreTrainedConfig):
     embedding_scale: float | int = 1.0
     logit_scale: float | int = 1.0
     final_logit_softcapping: float | int | None = None
-    injection: dict | str = "diagonal"
-    state_init: dict | str = "zeros"
-    loop_update: dict | str = "replace"
-    loop_conditioning: dict | str = "none"
-    loop_adapter: dict | str = "none"
-    halting: dict | str = "none"
-    readout: dict | str = "none"
+    injection: Spec = "diagonal"
+    state_init: Spec = "zeros"
+    loop_update: Spec = "replace"
+    loop_conditioning: Spec = "none"
+    loop_adapter: Spec = "none"
+    halting: Spec = "none"
+    readout: Spec = "none"
     backprop_loops: int | None = None
     checkpoint_granularity: str = "layer"
     initializer_range: float = 0.02
@@ -243,6 +248,8 @@ class LoopedConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in FOREIGN_LOOP_NAMES:
+            raise AttributeError(f"{name}={value!r}: LoopedConfig calls the loop count num_loops.")
         complete = self.__dict__.get("_post_init_done", False)
         if name in STRATEGY_FIELDS:
             value = STRATEGY_FIELDS[name].normalise(value, num_loops=self.num_loops if complete else None)
@@ -349,7 +356,10 @@ class LoopedConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be None or at least 1.")
 
     def validate_attention(self) -> None:
-        if self.num_attention_heads < 1 or (self.num_key_value_heads or 0) < 1:
+        for name in ("num_key_value_heads", "head_dim"):
+            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be an integer, or None to follow other fields.")
+        if self.num_attention_heads < 1 or self.num_key_value_heads < 1:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} and num_key_value_heads={self.num_key_value_heads} "
                 "must be at least 1."
@@ -450,7 +460,11 @@ class LoopedConfig(PreTrainedConfig):
         )
 
     def _check_keys(self, kwargs: dict[str, Any]) -> None:
-        """Refuse a misspelt key, which Transformers would store without a word; warn about one it cannot place."""
+        """Refuse a misspelt key, which Transformers would store without a word; warn about one it cannot place.
+
+        What comes from a file (it names its model type) is only warned about: an attribute that someone set on a config
+        is saved with it, and must not make the checkpoint unreadable.
+        """
         fields = [field.name for field in dataclasses.fields(self)]
         generation = GenerationConfig._get_default_generation_params()
         for key in kwargs:
@@ -459,9 +473,10 @@ class LoopedConfig(PreTrainedConfig):
             if key in FOREIGN_LOOP_NAMES:
                 raise ValueError(f"{key}={kwargs[key]!r}: LoopedConfig calls the loop count num_loops.")
             close = difflib.get_close_matches(key, fields, n=1, cutoff=0.8)
-            if close:
-                raise ValueError(f"{key}={kwargs[key]!r} is not a field of LoopedConfig. Did you mean {close[0]!r}?")
-            logger.warning_once(f"{key}={kwargs[key]!r} is not a field of LoopedConfig; nothing reads it.")
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            if close and "model_type" not in kwargs:
+                raise ValueError(f"{key}={kwargs[key]!r} is not a field of LoopedConfig.{hint}")
+            logger.warning_once(f"{key}={kwargs[key]!r} is not a field of LoopedConfig; nothing reads it.{hint}")
 
     def _warn_if_contradicted(self, given_depth: int | None, given_types: list[str] | None) -> None:
         """`num_hidden_layers` and `layer_types` are results. A file whose `num_loops` was edited by hand is in order; a

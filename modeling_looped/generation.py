@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Self
 
 from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.modeling_utils import PreTrainedModel
 
-from .configuration_looped import LoopedConfig
+from .configuration_looped import LoopedConfig, refuse_foreign_loop_names
+from .slots import checked_num_loops
 
 
 class LoopedGenerationMixin(GenerationMixin):
@@ -18,17 +20,20 @@ class LoopedGenerationMixin(GenerationMixin):
     """
 
     config: LoopedConfig
+    generation_config: GenerationConfig
 
     def _prepare_generation_config(
         self, generation_config: GenerationConfig | None, **kwargs: Any
     ) -> tuple[GenerationConfig, dict[str, Any]]:
+        refuse_foreign_loop_names(kwargs, "generate")
         num_loops = kwargs.pop("num_loops", None)
         prepared, model_kwargs = super()._prepare_generation_config(generation_config, **kwargs)
         # Transformers keeps unknown entries of a generation config as attributes; forward must receive this one.
+        refuse_foreign_loop_names(vars(prepared), "GenerationConfig")
         if num_loops is None:
             num_loops = getattr(prepared, "num_loops", None)
         if num_loops is not None:
-            model_kwargs["num_loops"] = num_loops
+            model_kwargs["num_loops"] = checked_num_loops(num_loops)
         return prepared, model_kwargs
 
     def _prepare_cache_for_generation(
@@ -40,31 +45,92 @@ class LoopedGenerationMixin(GenerationMixin):
             return
         # Caches are sized from `self.config`. A shallow copy of the model carries the other loop count there, so that
         # neither the user's config nor a call running in another thread sees it.
-        sized = self.with_num_loops(num_loops)
+        sized = copy.copy(self)
+        sized.config = self.config.with_num_loops(num_loops)
         GenerationMixin._prepare_cache_for_generation(sized, generation_config, model_kwargs, *args, **kwargs)
+        # What Transformers remembers to give the next static cache the same shape, and so spare a compilation.
+        if "_previous_max_cache_length" in sized.__dict__:
+            self._previous_max_cache_length = sized._previous_max_cache_length
+
+    def _get_candidate_generator(
+        self,
+        generation_config: GenerationConfig,
+        *args: Any,
+        model_kwargs: dict[str, Any],
+        assistant_model: PreTrainedModel | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if assistant_model is not None:
+            # The loop count is this model's: an assistant has its own, or is not looped and would refuse the argument.
+            generation_config = without_num_loops(generation_config)
+            model_kwargs = {key: value for key, value in model_kwargs.items() if key != "num_loops"}
+        return super()._get_candidate_generator(
+            generation_config, *args, model_kwargs=model_kwargs, assistant_model=assistant_model, **kwargs
+        )
+
+    def generate_batch(
+        self,
+        inputs: list[list[int]],
+        generation_config: GenerationConfig | None = None,
+        *args: Any,
+        num_loops: int | None = None,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """As in Transformers (continuous batching on a paged cache).
+
+        Args:
+            inputs: token ids of each prompt.
+            generation_config: may hold `num_loops`.
+            args: as in Transformers.
+            num_loops: how often the core runs; goes before the generation config's.
+            kwargs: as in Transformers.
+        """
+        refuse_foreign_loop_names(kwargs, "generate_batch")
+        if num_loops is not None:
+            generation_config = copy.copy(generation_config or self.generation_config)
+            generation_config.num_loops = num_loops
+        return super().generate_batch(inputs, generation_config, *args, **kwargs)
 
     def init_continuous_batching(self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any):
         """As in Transformers; a `num_loops` in the generation config sizes the paged cache and is used by every step."""
-        num_loops = getattr(generation_config or self.generation_config, "num_loops", None)
-        if num_loops is None or num_loops == self.config.num_loops:
+        num_loops = getattr(generation_config, "num_loops", None)
+        if num_loops is None:
+            num_loops = getattr(self.generation_config, "num_loops", None)
+        if num_loops is None or checked_num_loops(num_loops) == self.config.num_loops:
             return super().init_continuous_batching(generation_config, *args, **kwargs)
-        sized = self.with_num_loops(num_loops)
-        return GenerationMixin.init_continuous_batching(sized, generation_config, *args, **kwargs)
+        if generation_config is not None:
+            generation_config = without_num_loops(generation_config)
+        return self.with_num_loops(num_loops).init_continuous_batching(generation_config, *args, **kwargs)
 
-    def with_num_loops(self, num_loops: int):
-        """The same model, sharing all weights, at another default loop count.
+    def with_num_loops(self, num_loops: int) -> Self:
+        """The same model at another default loop count: modules and configs of its own, all weights shared.
 
         Useful as a cheap drafter: `model.generate(..., assistant_model=model.with_num_loops(1))`.
 
         Args:
             num_loops: loop count of the returned model, at least 1.
         """
-        twin = copy.copy(self)
-        twin.config = self.config.with_num_loops(num_loops)
-        if self.base_model is not self:
-            # `_modules` is shared by a shallow copy; the twin needs its own to hold a base model with its own config
-            twin.__dict__["_modules"] = dict(self._modules)
-            base = copy.copy(self.base_model)
-            base.config = twin.config
-            twin._modules[self.base_model_prefix] = base
+        num_loops = checked_num_loops(num_loops)
+        memo: dict[int, Any] = {id(weight): weight for weight in (*self.parameters(), *self.buffers())}
+        for name in LOOP_COUNT_STATE:
+            if name in self.__dict__:
+                memo[id(self.__dict__[name])] = None
+        # Every module is copied and not only the outermost: the dispatchers read the attention implementation from the
+        # config they hold, and hooks of accelerate are bound to the module they were put on.
+        twin = copy.deepcopy(self, memo)
+        for name in LOOP_COUNT_STATE:
+            twin.__dict__.pop(name, None)
+        twin.config.num_loops = num_loops
+        twin.generation_config = without_num_loops(twin.generation_config)
         return twin
+
+
+#: What Transformers keeps on a model between calls that holds for one loop count only.
+LOOP_COUNT_STATE = ("_compiled_call", "_cached_continuous_batching_manager")
+
+
+def without_num_loops(generation_config: GenerationConfig) -> GenerationConfig:
+    """A copy that leaves the loop count to the model."""
+    other = copy.copy(generation_config)
+    other.__dict__.pop("num_loops", None)
+    return other

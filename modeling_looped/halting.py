@@ -33,8 +33,8 @@ class Readings(NamedTuple):
     """
 
     output: Tensor
-    remaining: Tensor | None = None
-    exit_loops: Tensor | None = None
+    remaining: Tensor = None  # pyright: ignore[reportAssignmentType] (absent only where no rule reads it)
+    exit_loops: Tensor = None  # pyright: ignore[reportAssignmentType] (the same)
 
     def add(self, state: Tensor, weight: Tensor, remaining: Tensor, halts: Tensor, loop_idx: int) -> Readings:
         """Readings with `state` [B, S, D] added by `weight` [B, S]; the tokens in `halts` [B, S] halt, if they still run."""
@@ -46,7 +46,7 @@ class Readings(NamedTuple):
 
     def to(self, device: torch.device) -> Readings:
         """The same on `device`: a core that is spread over several may end on another one than it started on."""
-        return Readings(*(None if tensor is None else tensor.to(device) for tensor in self))
+        return Readings(*(tensor.to(device) for tensor in self if tensor is not None))
 
     @property
     def running(self) -> Tensor:
@@ -158,7 +158,9 @@ class GateHalting(Halting):
         probability = readings.remaining + 0.0 * stop if is_last else readings.remaining * stop
         remaining = readings.remaining - probability
         # At threshold 1 the rule is off: a gate that saturates must not make it exit all the same.
-        reached = 1.0 - remaining >= self.params.threshold if self.params.threshold < 1.0 else torch.zeros_like(stop).bool()
+        reached = (
+            1.0 - remaining >= self.params.threshold if self.params.threshold < 1.0 else torch.zeros_like(stop).bool()
+        )
         halts = torch.ones_like(reached) if is_last else reached
         if self.params.output == "expected":
             weight = probability

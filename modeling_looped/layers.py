@@ -52,39 +52,42 @@ class LoopedRMSNorm(nn.Module):
 class LoopedRotaryEmbedding(nn.Module):
     """Cosines and sines of the rotary embedding, for every rope type that Transformers knows."""
 
-    inv_freq: Tensor
-    original_inv_freq: Tensor
-
     def __init__(self, config: LoopedConfig):
         super().__init__()
         self.max_seq_len_cached = config.max_position_embeddings
         self.original_max_seq_len = config.max_position_embeddings
         self.config = config
-        self.rope_type = config.rope_parameters["rope_type"]
+        self.rope_type: str = rope_parameters(config)["rope_type"]
         rope_init: Callable = self.compute_default_rope_parameters
         if self.rope_type != "default":
             rope_init = ROPE_INIT_FUNCTIONS[self.rope_type]
         inv_freq, self.attention_scaling = rope_init(config)
-        self.register_buffer("inv_freq", inv_freq, persistent=False)
-        self.register_buffer("original_inv_freq", inv_freq.clone(), persistent=False)
+        self.inv_freq = nn.Buffer(inv_freq, persistent=False)
+        self.original_inv_freq = nn.Buffer(inv_freq.clone(), persistent=False)
 
     @staticmethod
     def compute_default_rope_parameters(config: LoopedConfig, **kwargs: Any) -> tuple[Tensor, float]:
         """Inverse frequencies of plain RoPE, over the first `partial_rotary_factor` of the head's channels."""
-        dim = int(config.head_dim * config.rope_parameters.get("partial_rotary_factor", 1.0))
+        parameters = rope_parameters(config)
+        dim = int(config.head_dim * parameters.get("partial_rotary_factor", 1.0))
         exponents = torch.arange(0, dim, 2, dtype=torch.float) / dim
-        return 1.0 / config.rope_parameters["rope_theta"] ** exponents, 1.0
+        return 1.0 / parameters["rope_theta"] ** exponents, 1.0
 
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """`position_ids` [B or 1, S] -> cosines and signed sines [B or 1, 1, S, rotated channels], in the dtype of `x`.
+        """`position_ids` [B or 1, S] -> cosines and signed sines [B or 1, S, rotated channels], in the dtype of `x`.
 
         The sines of the first half are negated, which is all that `rotate_half` adds to swapping the halves.
         """
-        angles = (position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)).unsqueeze(1)
+        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((-sin, sin), dim=-1).to(x.dtype)
+
+
+def rope_parameters(config: LoopedConfig) -> dict[str, Any]:
+    """The config's rope parameters, which Transformers has completed by the time a model is built."""
+    return dict(config.rope_parameters or {})
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def eager_attention_forward(
-    module: nn.Module,
+    module: "AttentionSlot",
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -153,7 +156,7 @@ class AttentionSlot(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, eager_attention_forward
+            self.config._attn_implementation or "eager", eager_attention_forward
         )
         return attention_interface(
             self,
@@ -189,12 +192,11 @@ class LoopedAttention(nn.Module):
         layout = config.slot_layout()
         loops = layout.loops if config.is_core_layer(layer) else 1
         self.sliding_window = config.sliding_window_of(layer)
-        self.slots = nn.ModuleList(
-            AttentionSlot(config, layout.slot(layer, loop), self.sliding_window) for loop in range(loops)
-        )
+        slots = [AttentionSlot(config, layout.slot(layer, loop), self.sliding_window) for loop in range(loops)]
+        self.slots = nn.ModuleList(slots)
         # Slots by address. Loop counts other than the one the model was built with add theirs here on first use; the
         # registered ones stay exactly the layout's, which is what engines enumerate.
-        self._slot_at = {slot.layer_idx: slot for slot in self.slots}
+        self._slot_at = {slot.layer_idx: slot for slot in slots}
 
         query_size = config.num_attention_heads * config.head_dim
         key_value_size = config.num_key_value_heads * config.head_dim
@@ -225,9 +227,9 @@ class LoopedAttention(nn.Module):
         heads = (*hidden_states.shape[:-1], -1, self.head_dim)
         query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         if self.loop_adapters:
-            query = add_adapter(self, "q_proj", query, hidden_states, loop_idx)
-            key = add_adapter(self, "k_proj", key, hidden_states, loop_idx)
-            value = add_adapter(self, "v_proj", value, hidden_states, loop_idx)
+            query = add_adapter(self.loop_adapters, "q_proj", query, hidden_states, loop_idx)
+            key = add_adapter(self.loop_adapters, "k_proj", key, hidden_states, loop_idx)
+            value = add_adapter(self.loop_adapters, "v_proj", value, hidden_states, loop_idx)
         if self.qk_norm == "flat":
             query, key = self.q_norm(query, loop_idx), self.k_norm(key, loop_idx)
         query, key, value = query.view(heads), key.view(heads), value.view(heads)
@@ -261,7 +263,7 @@ class LoopedAttention(nn.Module):
         attended = attended.reshape(*hidden_states.shape[:-1], -1).contiguous()
         output = self.o_proj(attended)
         if self.loop_adapters:
-            output = add_adapter(self, "o_proj", output, attended, loop_idx)
+            output = add_adapter(self.loop_adapters, "o_proj", output, attended, loop_idx)
         return output, weights
 
 
@@ -288,29 +290,30 @@ class LoopedMLP(nn.Module):
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
 
     def _forward_adapted(self, hidden_states: Tensor, loop_idx: int) -> Tensor:
-        wide = add_adapter(self, "up_proj", self.up_proj(hidden_states), hidden_states, loop_idx)
+        wide = add_adapter(self.loop_adapters, "up_proj", self.up_proj(hidden_states), hidden_states, loop_idx)
         if self.gated:
-            gate = add_adapter(self, "gate_proj", self.gate_proj(hidden_states), hidden_states, loop_idx)
+            gate = add_adapter(self.loop_adapters, "gate_proj", self.gate_proj(hidden_states), hidden_states, loop_idx)
             wide = self.act_fn(gate) * wide
         else:
             wide = self.act_fn(wide)
-        return add_adapter(self, "down_proj", self.down_proj(wide), wide, loop_idx)
+        return add_adapter(self.loop_adapters, "down_proj", self.down_proj(wide), wide, loop_idx)
 
 
 def build_adapters(module: nn.Module, names: tuple[str, ...], adapter: LoopAdapter | None) -> nn.ModuleDict:
     """The loop adapters beside the projections `names` of `module`; empty where the adapter does not act."""
     adapters = nn.ModuleDict()
-    for name in names if adapter is not None else ():
-        projection = module.get_submodule(name)
-        built = adapter.for_projection(name, projection.in_features, projection.out_features)
-        if built is not None:
-            adapters[name] = built
+    if adapter is not None:
+        for name in names:
+            out_features, in_features = module.get_parameter(f"{name}.weight").shape
+            built = adapter.for_projection(name, in_features, out_features)
+            if built is not None:
+                adapters[name] = built
     return adapters
 
 
-def add_adapter(module: nn.Module, name: str, output: Tensor, inputs: Tensor, loop_idx: int) -> Tensor:
+def add_adapter(adapters: nn.ModuleDict, name: str, output: Tensor, inputs: Tensor, loop_idx: int) -> Tensor:
     """The projection's `output` plus what its loop adapter, if there is one, makes of the same `inputs`."""
-    return output + module.loop_adapters[name](inputs, loop_idx) if name in module.loop_adapters else output
+    return output + adapters[name](inputs, loop_idx) if name in adapters else output
 
 
 class LoopedDecoderLayer(GradientCheckpointingLayer):
@@ -331,7 +334,6 @@ class LoopedDecoderLayer(GradientCheckpointingLayer):
     ):
         super().__init__()
         self.layer = layer
-        self.attention_type = config.stored_layer_type(layer)
         self.self_attn = LoopedAttention(config, layer, norm_rows, adapter)
         self.mlp = LoopedMLP(config, adapter)
 

@@ -62,6 +62,8 @@ class LoraLoopAdapter(LoopAdapter):
         def __post_init__(self):
             if not isinstance(self.rank, int) or self.rank < 1:
                 raise ValueError(f"rank={self.rank!r} must be an integer of at least 1.")
+            if self.alpha is not None and not math.isfinite(self.alpha):
+                raise ValueError(f"alpha={self.alpha!r} must be None (the rank) or a finite number.")
             unknown = sorted(set(self.targets) - set(TARGETS))
             if unknown or not self.targets or isinstance(self.targets, str):
                 raise ValueError(f"targets={self.targets!r} must be a list of some of: {', '.join(TARGETS)}.")

@@ -37,6 +37,7 @@ from .readout import READOUTS
 from .registry import BuildContext, Strategy
 from .slots import SlotLayout, checked_num_loops
 from .state import STATE_INITS
+from .unrolling import unroll
 
 logger = logging.get_logger(__name__)
 
@@ -57,8 +58,8 @@ class LoopedModelOutput(BaseModelOutputWithPast):
             number of loops after which each token halted.
     """
 
-    loop_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    exit_loops: torch.LongTensor | None = None
+    loop_hidden_states: tuple[Tensor, ...] | None = None
+    exit_loops: Tensor | None = None
 
 
 @dataclasses.dataclass
@@ -72,8 +73,8 @@ class LoopedCausalLMOutput(CausalLMOutputWithPast):
             number of loops after which each token halted.
     """
 
-    loop_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    exit_loops: torch.LongTensor | None = None
+    loop_hidden_states: tuple[Tensor, ...] | None = None
+    exit_loops: Tensor | None = None
 
 
 @auto_docstring
@@ -81,14 +82,14 @@ class LoopedPreTrainedModel(PreTrainedModel):
     config: LoopedConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LoopedDecoderLayer"]  # noqa: RUF012 (the host class reads plain lists and dicts)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _no_split_modules = ["LoopedDecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
     _can_compile_fullgraph = True
     _supports_attention_backend = True
-    _can_record_outputs = {  # noqa: RUF012
+    _can_record_outputs = {
         "hidden_states": LoopedDecoderLayer,
         "attentions": LoopedAttention,
     }
@@ -182,7 +183,7 @@ class LoopedModel(LoopedPreTrainedModel):
             self.readout = READOUTS.build(config.readout, context)
         self.norm = LoopedRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary_emb = LoopedRotaryEmbedding(config)
-        self.attention_types = sorted(set(config.layer_types))
+        self.stored_types = [config.stored_layer_type(layer) for layer in range(config.num_stored_layers)]
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -200,7 +201,7 @@ class LoopedModel(LoopedPreTrainedModel):
         num_loops: int | None = None,
         initial_state: torch.FloatTensor | None = None,
         output_loop_hidden_states: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
     ) -> LoopedModelOutput:
         r"""
         num_loops (`int`, *optional*):
@@ -214,10 +215,9 @@ class LoopedModel(LoopedPreTrainedModel):
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         layout = self._layout(num_loops)
-        if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+        embeds: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if self.config.embedding_scale != 1.0:
-            inputs_embeds = inputs_embeds * self.config.embedding_scale
+            embeds = embeds * self.config.embedding_scale
 
         if not self.config.is_causal:
             use_cache, past_key_values = False, None
@@ -230,26 +230,29 @@ class LoopedModel(LoopedPreTrainedModel):
             if self.gradient_checkpointing and self.training:
                 refuse_cache_in_recompute()
 
-        if position_ids is None:
-            position_ids = default_position_ids(inputs_embeds, attention_mask, past_key_values)
-        masks = self._attention_masks(inputs_embeds, attention_mask, position_ids, past_key_values)
+        positions: Tensor | None = position_ids
+        if positions is None:
+            positions = default_position_ids(embeds, attention_mask, past_key_values)
+        masks = self._attention_masks(embeds, attention_mask, positions, past_key_values)
+        cos, sin = self.rotary_emb(embeds, positions)
         run = partial(
             self._run_layers,
             layout=layout,
             num_slots=num_slots,
             masks=masks,
-            position_embeddings=self.rotary_emb(inputs_embeds, position_ids),
-            position_ids=position_ids,
+            position_embeddings=(cos.unsqueeze(1), sin.unsqueeze(1)),  # one for all heads
+            position_ids=positions,
             past_key_values=past_key_values,
             use_cache=use_cache,
             **kwargs,
         )
 
         prelude, core, coda = layout.stored_ranges()
-        hidden_states, states, exit_loops = run(inputs_embeds, prelude), None, None
+        hidden_states, states, exit_loops = run(embeds, prelude), None, None
         if core:
-            loops = layout.loops_within(num_slots)
-            readings, states = self._run_loops(hidden_states, initial_state, position_ids, loops, layout, run)
+            readings, states = self._run_loops(
+                hidden_states, initial_state, positions, num_slots, layout, run, keep_states=output_loop_hidden_states
+            )
             hidden_states, exit_loops = self.readout(readings.output), readings.exit_loops
             if self.config.final_norm == "after_loops":
                 hidden_states = self.norm(hidden_states)
@@ -267,30 +270,33 @@ class LoopedModel(LoopedPreTrainedModel):
         self,
         prelude: Tensor,
         initial_state: Tensor | None,
-        position_ids: Tensor,
-        loops: int,
+        positions: Tensor,
+        num_slots: int,
         layout: SlotLayout,
         run: Callable[..., Tensor],
+        keep_states: bool,
     ) -> tuple[Readings, tuple[Tensor, ...]]:
-        """The recurrence. Returns what is read from it, and the states before the first loop and after each one."""
+        """The recurrence. Returns what is read from it, and the states before the first loop and after each one (only
+        the last, unless `keep_states`)."""
         if self.prelude_norm is not None:
             prelude = self.prelude_norm(prelude)
         inject = self.injection(prelude)
-        state = self.state_init(prelude, position_ids) if initial_state is None else initial_state.to(prelude)
+        state = self.state_init(prelude, positions) if initial_state is None else initial_state.to(prelude)
         step = self._step
         if self.gradient_checkpointing and self.training and self.config.checkpoint_granularity == "loop":
             step = partial(self._gradient_checkpointing_func, step)
+        loops = layout.loops_within(num_slots)
         # Truncated backpropagation: the leading loops only find a state to start from.
-        detached = layout.loops - (self.config.backprop_loops or layout.loops) if self.training else 0
+        detached = loops - (self.config.backprop_loops or loops) if self.training else 0
 
-        states, readings = [state], self.halting.start(state)
+        states, readings = (state,), self.halting.start(state)
         for loop_idx in range(loops):
             with torch.set_grad_enabled(torch.is_grad_enabled() and loop_idx >= detached):
                 state = step(state, inject, loop_idx, layout, run)
                 before = (readings.to(state.device), states[-1].to(state.device))
                 readings = self.halting(*before, state, loop_idx, loop_idx == loops - 1)
-            states.append(state)
-        return readings, tuple(states)
+            states = (*states, state) if keep_states else (state,)
+        return readings, states
 
     def _step(
         self, state: Tensor, inject: Callable[[Tensor], Tensor], loop_idx: int, layout: SlotLayout, run: Callable
@@ -318,9 +324,8 @@ class LoopedModel(LoopedPreTrainedModel):
             slot = layout.slot(index, loop_idx)
             if slot >= num_slots:
                 break
-            layer = self.layers[index]
-            mask = masks[layer.attention_type]
-            hidden_states = layer(hidden_states, slot, loop_idx, attention_mask=mask, **kwargs)
+            mask = masks[self.stored_types[index]]
+            hidden_states = self.layers[index](hidden_states, slot, loop_idx, attention_mask=mask, **kwargs)
         return hidden_states
 
     def _layout(self, num_loops: int | None) -> SlotLayout:
@@ -352,7 +357,7 @@ class LoopedModel(LoopedPreTrainedModel):
                 past_key_values=past_key_values,
                 position_ids=position_ids,
             )
-            for attention_type in self.attention_types
+            for attention_type in dict.fromkeys(self.stored_types)
         }
 
 
@@ -405,9 +410,9 @@ class LoopedHeadMixin:
 
 @auto_docstring
 class LoopedForCausalLM(LoopedHeadMixin, LoopedPreTrainedModel, LoopedGenerationMixin, GenerationMixin):
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
-    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: LoopedConfig):
         super().__init__(config)
@@ -436,7 +441,7 @@ class LoopedForCausalLM(LoopedHeadMixin, LoopedPreTrainedModel, LoopedGeneration
         num_loops: int | None = None,
         initial_state: torch.FloatTensor | None = None,
         output_loop_hidden_states: bool = False,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
     ) -> LoopedCausalLMOutput:
         r"""
         num_loops (`int`, *optional*):
@@ -467,9 +472,10 @@ class LoopedForCausalLM(LoopedHeadMixin, LoopedPreTrainedModel, LoopedGeneration
             num_loops=num_loops,
             initial_state=initial_state,
             output_loop_hidden_states=output_loop_hidden_states,
-            **kwargs,
+            **kwargs,  # pyright: ignore[reportCallIssue] (the same list)
         )
-        logits = self.to_logits(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        hidden_states: Any = outputs.last_hidden_state
+        logits = self.to_logits(slice_logits_to_keep(hidden_states, logits_to_keep))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -483,12 +489,27 @@ class LoopedForCausalLM(LoopedHeadMixin, LoopedPreTrainedModel, LoopedGeneration
             exit_loops=outputs.exit_loops,
         )
 
+    def unroll(self, num_loops: int | None = None, *, family: str | None = None) -> PreTrainedModel:
+        """A stock stacked model (Llama, Mistral, Qwen 2 or 3, OLMo 2) with one layer per slot and the same logits.
+
+        For engines that do not know loops, and as a reference. It has copies of the weights, T of each core layer.
+
+        Args:
+            num_loops: loops to unroll; `None`: `config.num_loops`.
+            family: model type of the result; `None`: the first that fits.
+
+        Raises:
+            ValueError: if a loop does more than run its layers, or its layers are no stock family's; lists every
+                option that stands in the way.
+        """
+        return unroll(self, num_loops, family=family)
+
 
 @auto_docstring
 class LoopedForMaskedLM(LoopedHeadMixin, LoopedPreTrainedModel):
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
-    _tp_plan = {"lm_head": "colwise_gather_output"}  # noqa: RUF012
-    _fsdp_plan = {"lm_head": "keep_full_weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: LoopedConfig):
         super().__init__(config)
@@ -510,7 +531,7 @@ class LoopedForMaskedLM(LoopedHeadMixin, LoopedPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         num_loops: int | None = None,
-        **kwargs: Unpack[TransformersKwargs],
+        **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
     ) -> MaskedLMOutput:
         r"""
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
@@ -524,9 +545,10 @@ class LoopedForMaskedLM(LoopedHeadMixin, LoopedPreTrainedModel):
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
             num_loops=num_loops,
-            **kwargs,
+            **kwargs,  # pyright: ignore[reportCallIssue] (the same list)
         )
-        logits = self.to_logits(outputs.last_hidden_state)
+        hidden_states: Any = outputs.last_hidden_state
+        logits = self.to_logits(hidden_states)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
@@ -543,9 +565,9 @@ class LoopedForMaskedLM(LoopedHeadMixin, LoopedPreTrainedModel):
 class LoopedForSequenceClassification(GenericForSequenceClassification, LoopedPreTrainedModel):
     def __init__(self, config: LoopedConfig):
         LoopedPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 2
         self.model = LoopedModel(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
         self.post_init()
 
 
@@ -553,10 +575,10 @@ class LoopedForSequenceClassification(GenericForSequenceClassification, LoopedPr
 class LoopedForTokenClassification(GenericForTokenClassification, LoopedPreTrainedModel):
     def __init__(self, config: LoopedConfig):
         LoopedPreTrainedModel.__init__(self, config)
-        self.num_labels = config.num_labels
+        self.num_labels = config.num_labels or 2
         self.model = LoopedModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
 

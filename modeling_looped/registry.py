@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import types
+import typing
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Generic, TypeVar
@@ -129,8 +131,9 @@ class Registry(Generic[StrategyT]):
                 )
         if "table_loops" in fields and given.get("table_loops") is None and num_loops is not None:
             given["table_loops"] = num_loops
+        kinds = typing.get_type_hints(self._types[name].Params)
         try:
-            params = self._types[name].Params(**given)
+            params = self._types[name].Params(**{key: of_kind(key, given[key], kinds[key]) for key in given})
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self.field}: type {name!r}: {error}") from error
         # Through plain lists, so that a spec read back from JSON equals the one that was written.
@@ -144,6 +147,22 @@ class Registry(Generic[StrategyT]):
 
     def _known(self) -> str:
         return ", ".join(sorted(self._types))
+
+
+def of_kind(name: str, value: Any, kind: Any) -> Any:
+    """`value` as a parameter annotated with `kind` holds it: a list from JSON as a tuple, a whole number as a float.
+
+    Raises:
+        TypeError: for a value of another kind (`True` is no number).
+    """
+    for allowed in typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,):
+        if type(value) is allowed:
+            return value
+        if allowed is float and type(value) is int:
+            return float(value)
+        if typing.get_origin(allowed) is tuple and isinstance(value, list | tuple):
+            return tuple(of_kind(name, item, typing.get_args(allowed)[0]) for item in value)
+    raise TypeError(f"{name}={value!r} must be of type {kind.__name__ if isinstance(kind, type) else kind}.")
 
 
 def check_table_loops(table_loops: int | None) -> None:

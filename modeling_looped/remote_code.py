@@ -1,8 +1,8 @@
 """What a saved folder carries so that it loads where this package is not installed.
 
-Transformers copies the module of a custom class and what that module imports with one dot, but only for the class being
-saved. `AUTO_MAP` names all classes, and `copy_code` puts all their files beside any saved config, so that a folder
-written by `save_pretrained`, a `Trainer` checkpoint or a PEFT merge loads with every Auto class and
+Transformers copies the module of a custom class and what that module imports with one dot, but only for the class that
+is being saved. `AUTO_MAP` names all classes, and `copy_code` puts all their files beside any saved config, so that a
+folder written by `save_pretrained`, a `Trainer` checkpoint or a PEFT merge loads with every Auto class and
 `trust_remote_code=True` where only torch and transformers are installed.
 """
 
@@ -11,8 +11,14 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from transformers.dynamic_module_utils import get_relative_import_files
+
+if TYPE_CHECKING:
+    # Never runs, but Transformers finds a file's companions by the text of such lines. A config's code, loaded alone,
+    # is put in a folder of its own, where the model's files would be missing when the config is saved again.
+    from .modeling_looped import LoopedModel as LoopedModel
 
 #: Auto class -> "file.class" of the flat folder.
 AUTO_MAP = {

@@ -8,7 +8,8 @@ that knows the arithmetic; model, cache, converters and tests ask it.
 from __future__ import annotations
 
 import dataclasses
-from typing import TypeVar
+import operator
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
@@ -84,3 +85,18 @@ class SlotLayout:
     def expand(self, per_layer: list[Item]) -> list[Item]:
         """One value per slot from one value per stored layer."""
         return [per_layer[self.layer_and_loop(slot)[0]] for slot in range(self.num_slots)]
+
+
+def checked_num_loops(num_loops: Any) -> int:
+    """A loop count as an `int`; numpy's integers and one-element integer tensors count as integers too.
+
+    Raises:
+        ValueError: for anything that is not an integer of at least 1.
+    """
+    try:
+        loops = 0 if isinstance(num_loops, bool) else operator.index(num_loops)
+    except TypeError:
+        loops = 0
+    if loops < 1:
+        raise ValueError(f"num_loops={num_loops!r} must be an integer of at least 1.")
+    return loops

@@ -1,8 +1,10 @@
 """What the tests share: tiny configurations, models and inputs, and one table of tolerances."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from transformers import Cache
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 
@@ -66,13 +68,34 @@ def randomise(model: torch.nn.Module, *, seed: int = 0, std: float = 0.3) -> tor
     return model
 
 
-def tiny_model(*, attn_implementation: str = "sdpa", seed: int = 0, **overrides: Any) -> LoopedForCausalLM:
-    """A randomised tiny causal model in evaluation mode."""
+def tiny_model(
+    *, attn_implementation: str = "sdpa", seed: int = 0, std: float = 0.3, **overrides: Any
+) -> LoopedForCausalLM:
+    """A randomised tiny causal model in evaluation mode. At `std=1` each loop count chooses other tokens."""
     config = tiny_config(**overrides)
     config._attn_implementation = attn_implementation
-    return randomise(LoopedForCausalLM(config), seed=seed).eval()
+    return randomise(LoopedForCausalLM(config), seed=seed, std=std).eval()
 
 
 def random_tokens(batch: int = 2, length: int = 7, *, seed: int = 0, vocab_size: int = 97) -> torch.Tensor:
     """Token ids [batch, length], none of them a special token."""
     return torch.randint(3, vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def stepwise_logits(
+    model: LoopedForCausalLM, tokens: torch.Tensor, cache: Cache, chunks: Sequence[int], **kwargs: Any
+) -> torch.Tensor:
+    """Logits of `tokens` fed in pieces of the lengths `chunks`, the rest one by one."""
+    logits, start = [], 0
+    lengths = list(chunks)
+    lengths += [1] * (tokens.shape[1] - sum(lengths))
+    for length in lengths:
+        piece = tokens[:, start : start + length]
+        logits.append(model(piece, past_key_values=cache, use_cache=True, **kwargs).logits)
+        start += length
+    return torch.cat(logits, dim=1)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, atol: float = TOLERANCE[torch.float32]) -> None:
+    """Equal up to an absolute difference of `atol`."""
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)

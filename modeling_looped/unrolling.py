@@ -1,0 +1,170 @@
+"""Unrolling: a looped model as a stock stacked one, in which every slot is a layer with weights of its own.
+
+It is exact as long as a loop does nothing but run its layers. Whatever else a loop does (an injection, a damped
+update, ...) is refused by name. Per-loop norms and low-rank weights are no obstacle: a slot gets its own copy anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import PreTrainedModel
+
+from .conditioning import LoopConditioning
+from .configuration_looped import STRATEGY_FIELDS, LoopedConfig
+from .families import FAMILIES, Family, StockFit
+from .halting import Halting
+from .layers import LoopedRMSNorm
+from .loop_adapter import LOOP_ADAPTERS, LoopLoRA
+from .loop_update import LoopUpdate
+from .registry import Strategy, table_row
+from .slots import SlotLayout, checked_num_loops
+from .state import InputState
+from .state_map import New, StateMap, convert
+
+#: Strategy field -> what a loop does there beside running its layers.
+WHAT_ELSE_A_LOOP_DOES = {
+    "injection": "brings the prelude into every loop",
+    "state_init": "the first loop does not start from the prelude's output",
+    "loop_update": "mixes a loop's result with the state before it",
+    "loop_conditioning": "adds a signal to the state in every loop",
+    "halting": "reads tokens from loops before the last",
+    "readout": "maps the state between core and coda",
+}
+
+
+def unroll(model: PreTrainedModel, num_loops: int | None = None, *, family: str | None = None) -> PreTrainedModel:
+    """A stock stacked model that computes the same logits as `model` does with `num_loops` loops.
+
+    Slot s of the loop becomes layer s of the stack. The embedding scale goes into the embeddings and the logit scale
+    into the final norm, so whoever passes `inputs_embeds` to the stack has to scale them.
+
+    Args:
+        model: a `LoopedForCausalLM`.
+        num_loops: loops to unroll; `None`: the config's.
+        family: model type of the result (`llama`, `mistral`, `qwen2`, `qwen3`, `olmo2`); `None`: the first that fits.
+
+    Returns:
+        the stacked model, with weights of its own in the same dtype and on the same device.
+
+    Raises:
+        ValueError: listing every field of the config, with its value, that no stock family can express.
+    """
+    config = model.config
+    if not isinstance(config, LoopedConfig):
+        raise TypeError(f"only a looped model can be unrolled, not a {type(model).__name__}.")
+    if family is not None and family not in FAMILIES:
+        raise ValueError(f"family={family!r} must be one of: {', '.join(FAMILIES)}.")
+    layout = config.slot_layout(None if num_loops is None else checked_num_loops(num_loops))
+
+    fit = best_fit(config, layout, FAMILIES if family is None else {family: FAMILIES[family]})
+    blocking = blocking_loop_options(model, config, layout) | fit.blocking
+    if blocking:
+        listed = "; ".join(f"{field}={getattr(config, field)!r} ({why})" for field, why in blocking.items())
+        raise ValueError(
+            f"num_loops={layout.loops}: no stock stacked model computes this. What prevents it: {listed}."
+        )
+
+    rules = fit.family.state_map(tied=config.tie_word_embeddings).inverse().rules
+    if fit.zero_biases:
+        because = f"a bias that is False in the looped model is one of zeros: {', '.join(fit.zero_biases)}"
+        rules = (*rules, New("model.layers.{layer}.{part}.{projection}.bias", because, torch.zeros))
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(AutoConfig.for_model(fit.family.model_type, **fit.fields))
+    stacked = convert(model, stacked_state(model, config, layout), StateMap(*rules), skeleton)
+    vars(stacked.generation_config).pop("num_loops", None)  # the stack has no loop to count
+    return stacked
+
+
+def best_fit(config: LoopedConfig, layout: SlotLayout, families: Mapping[str, Family]) -> StockFit:
+    """The family that can say most of `config`, and with the fewest weights."""
+    layer_types = layout.expand([config.stored_layer_type(layer) for layer in range(layout.stored_layers)])
+    absorbed = ("embedding_scale", "logit_scale")
+    fits = [family.stock_fit(config, layer_types, absorbed=absorbed) for family in families.values()]
+    return min(fits, key=lambda fit: (len(fit.blocking), len(fit.zero_biases)))
+
+
+def blocking_loop_options(model: PreTrainedModel, config: LoopedConfig, layout: SlotLayout) -> dict[str, str]:
+    """The fields whose choice makes a loop more than its layers -> what they do."""
+    blocking = {}
+    if config.tie_word_embeddings and config.embedding_scale == 0.0:
+        blocking["embedding_scale"] = "it would scale the tied head too"
+    if not layout.core:
+        return blocking
+    base = model.get_submodule("model")
+    for field in STRATEGY_FIELDS:
+        if field == LOOP_ADAPTERS.field or getattr(config, field)["type"] == "none":
+            continue  # every slot's own weights take the adapters in
+        if not runs_layers_only(getattr(base, field, None), layout.loops):
+            blocking[field] = WHAT_ELSE_A_LOOP_DOES.get(field, "a stack has no such thing")
+    if config.prelude_norm:
+        blocking["prelude_norm"] = "a norm between prelude and core"
+    norm_is_last = layout.loops == 1 and not layout.coda
+    if config.final_norm == "after_loops" or (config.final_norm == "every_loop" and not norm_is_last):
+        blocking["final_norm"] = "acts inside the stack too"
+    return blocking
+
+
+def runs_layers_only(strategy: Strategy | None, loops: int) -> bool:
+    """Whether with this strategy (not one called `none`) a loop amounts to running its layers."""
+    match strategy:
+        case InputState():
+            return True
+        case LoopUpdate():
+            return strategy.is_replace(loops)
+        case LoopConditioning():
+            return not strategy.adds_signal
+        case Halting():
+            return loops == 1
+        case _:
+            return False
+
+
+@torch.no_grad()
+def stacked_state(model: PreTrainedModel, config: LoopedConfig, layout: SlotLayout) -> dict[str, Tensor]:
+    """The weights of a looped model that stores each slot of `layout` as a layer, under our names."""
+    embeddings = model.get_parameter("model.embed_tokens.weight")
+    head = model.get_parameter("lm_head.weight")
+    norm = model.get_parameter("model.norm.weight")
+    # logits = c W n(x) with the norm n(x) = w * x / rms(x): the factor c can sit in w. A tied W carries the embedding
+    # scale too, which w takes out again.
+    norm_scale = config.logit_scale / (config.embedding_scale if config.tie_word_embeddings else 1.0)
+    state = {
+        "model.embed_tokens.weight": scaled(embeddings, config.embedding_scale),
+        "model.norm.weight": scaled(norm, norm_scale),
+        "lm_head.weight": head,
+    }
+    for slot in range(layout.num_slots):
+        layer, loop_idx = layout.layer_and_loop(slot)
+        for name, tensor in slot_state(model.get_submodule(f"model.layers.{layer}"), loop_idx).items():
+            state[f"model.layers.{slot}.{name}"] = tensor
+    return state
+
+
+def slot_state(layer: nn.Module, loop_idx: int) -> dict[str, Tensor]:
+    """The weights with which `layer` runs in loop `loop_idx`: its norms of that loop, its adapters merged."""
+    state = {}
+    differences = {}
+    for name, module in layer.named_modules():
+        if isinstance(module, LoopLoRA):
+            differences[name.replace("loop_adapters.", "") + ".weight"] = module.difference(loop_idx)
+            continue
+        for key, parameter in module.named_parameters(prefix=name, recurse=False):
+            if isinstance(module, LoopedRMSNorm) and module.rows is not None:
+                state[key] = parameter[table_row(loop_idx, module.rows)]
+            else:
+                state[key] = parameter
+    for key, difference in differences.items():
+        state[key] = (state[key].float() + difference.float()).to(state[key].dtype)
+    return state
+
+
+def scaled(weight: Tensor, factor: float) -> Tensor:
+    """`factor` times `weight`, untouched where the factor is 1."""
+    return weight if factor == 1.0 else (weight.float() * factor).to(weight.dtype)
+
+
+__all__ = ["unroll"]

@@ -1,0 +1,180 @@
+"""A cache gives the logits of a forward without one: token by token, in chunks, cropped, reordered, reused."""
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import VARIANTS, assert_close, random_tokens, stepwise_logits, tiny_model
+from transformers import Cache, DynamicCache, StaticCache
+
+import modeling_looped
+from modeling_looped import LoopedConfig
+
+LOOPS = (1, 2, 4)
+PROMPTS = (1, 7, 64)
+
+CACHES: dict[str, Callable[[LoopedConfig], Cache]] = {
+    "dynamic": lambda config: DynamicCache(config=config),
+    "dynamic_without_config": lambda config: DynamicCache(),
+    "static": lambda config: StaticCache(config=config, max_cache_len=80),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_cached_steps_equal_uncached(variant):
+    model = tiny_model(**VARIANTS[variant])
+    for kind, make_cache in CACHES.items():
+        for num_loops in LOOPS:
+            for prompt in PROMPTS if kind == "dynamic" else PROMPTS[1:2]:
+                tokens = random_tokens(2, prompt + 4, seed=prompt)
+                expected = model(tokens, use_cache=False, num_loops=num_loops).logits
+                cache = make_cache(model.config.with_num_loops(num_loops))
+                assert_close(stepwise_logits(model, tokens, cache, [prompt], num_loops=num_loops), expected)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize("num_loops", LOOPS)
+@pytest.mark.parametrize("variant", ["parcae", "sliding", "lora"])
+@torch.no_grad()
+def test_static_cached_steps_equal_uncached(variant, num_loops, prompt):
+    model = tiny_model(num_loops=num_loops, **VARIANTS[variant])
+    tokens = random_tokens(2, prompt + 6)
+    cache = StaticCache(config=model.config, max_cache_len=80)
+    assert_close(stepwise_logits(model, tokens, cache, [prompt]), model(tokens, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
+@pytest.mark.parametrize("variant", ["parcae", "concat", "sliding", "halting_act"])
+@torch.no_grad()
+def test_chunked_prefill_equals_one_piece(variant, make_cache):
+    model = tiny_model(**VARIANTS[variant])
+    tokens = random_tokens(2, 20)
+    expected = model(tokens, use_cache=False).logits
+    for chunks in ([5, 5, 5], [3, 1, 9], [2] * 10):
+        assert_close(stepwise_logits(model, tokens, make_cache(model.config), chunks), expected)
+
+
+@pytest.mark.parametrize("num_loops", [1, 2, 3, 5])
+@pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
+@torch.no_grad()
+def test_every_slot_of_the_config_is_filled_and_there_are_no_others(make_cache, num_loops):
+    model = tiny_model(num_loops=num_loops)
+    cache = make_cache(model.config)
+    model(random_tokens(2, 7), past_key_values=cache)
+    assert len(cache) == model.config.num_hidden_layers == 1 + 2 * num_loops + 1
+    assert cache.is_initialized
+    assert [int(layer.get_seq_length()) for layer in cache.layers] == [7] * len(cache)
+
+
+@pytest.mark.parametrize("num_loops", [1, 3, 5])
+@torch.no_grad()
+def test_the_cache_that_forward_makes_has_the_slots_of_the_call(num_loops):
+    model = tiny_model()
+    cache = model(random_tokens(), use_cache=True, num_loops=num_loops).past_key_values
+    assert type(cache) is DynamicCache
+    assert len(cache) == 1 + 2 * num_loops + 1
+    assert model.config.num_hidden_layers == 8
+
+
+@torch.no_grad()
+def test_loops_keep_different_keys():
+    """One slot per loop is not a formality: the shared layer's keys differ in every loop."""
+    model = tiny_model(std=1.0)
+    cache = model(random_tokens(), use_cache=True).past_key_values
+    first, second, third = (cache.layers[model.config.slot_of(loop, 1)].keys for loop in range(3))
+    assert (first - second).abs().max() > 0.1
+    assert (second - third).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("variant", ["parcae", "concat", "lora"])
+@torch.no_grad()
+def test_a_cropped_cache_continues_as_if_the_tokens_had_not_been(variant):
+    model = tiny_model(**VARIANTS[variant])
+    kept, wrong, right = random_tokens(2, 9), random_tokens(2, 4, seed=1), random_tokens(2, 5, seed=2)
+    cache = DynamicCache(config=model.config)
+    model(torch.cat((kept, wrong), dim=1), past_key_values=cache)
+    cache.crop(-4)
+    logits = model(right, past_key_values=cache).logits
+    assert_close(logits, model(torch.cat((kept, right), dim=1), use_cache=False).logits[:, 9:])
+
+
+@torch.no_grad()
+def test_a_cropped_sliding_cache_continues_as_if_the_tokens_had_not_been():
+    model = tiny_model(**VARIANTS["sliding"])
+    kept, wrong, right = random_tokens(2, 9), random_tokens(2, 3, seed=1), random_tokens(2, 5, seed=2)
+    cache = DynamicCache(config=model.config)
+    cache.activate_past_recording()
+    model(torch.cat((kept, wrong), dim=1), past_key_values=cache)
+    cache.crop(-3)
+    logits = model(right, past_key_values=cache).logits
+    assert_close(logits, model(torch.cat((kept, right), dim=1), use_cache=False).logits[:, 9:])
+
+
+@pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
+@torch.no_grad()
+def test_reordered_rows_continue_their_own_text(make_cache):
+    model = tiny_model()
+    prompt, rest = random_tokens(3, 7), random_tokens(3, 2, seed=1)
+    order = torch.tensor([2, 0, 0])
+    cache = make_cache(model.config)
+    model(prompt, past_key_values=cache)
+    cache.reorder_cache(order)
+    expected = model(torch.cat((prompt[order], rest), dim=1), use_cache=False).logits[:, 7:]
+    assert_close(model(rest, past_key_values=cache).logits, expected)
+
+
+@torch.no_grad()
+def test_repeated_and_selected_rows_continue_their_own_text():
+    model = tiny_model()
+    prompt, rest = random_tokens(2, 7), random_tokens(3, 2, seed=1)
+    cache = DynamicCache(config=model.config)
+    model(prompt, past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 1, 3]))
+    expected = model(torch.cat((prompt[[0, 0, 1]], rest), dim=1), use_cache=False).logits[:, 7:]
+    assert_close(model(rest, past_key_values=cache).logits, expected)
+
+
+@pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
+@torch.no_grad()
+def test_a_reset_cache_starts_afresh(make_cache):
+    model = tiny_model(**VARIANTS["sliding"])
+    cache = make_cache(model.config)
+    model(random_tokens(2, 9, seed=1), past_key_values=cache)
+    cache.reset()
+    tokens = random_tokens(2, 7)
+    assert_close(stepwise_logits(model, tokens, cache, [3]), model(tokens, use_cache=False).logits)
+
+
+@torch.no_grad()
+def test_a_cache_rebuilt_from_its_tensors_continues_the_text():
+    """What DataParallel and prefix tuning do: a cache made from (keys, values) pairs, one per slot."""
+    model = tiny_model()
+    tokens = random_tokens(2, 9)
+    filled = model(tokens[:, :6], use_cache=True).past_key_values
+    rebuilt = DynamicCache([(layer.keys, layer.values) for layer in filled.layers])
+    assert_close(model(tokens[:, 6:], past_key_values=rebuilt).logits, model(tokens, use_cache=False).logits[:, 6:])
+
+
+@pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
+@torch.no_grad()
+def test_a_cache_of_another_loop_count_is_refused(make_cache):
+    model = tiny_model()
+    cache = make_cache(model.config)
+    model(random_tokens(), past_key_values=cache)
+    for num_loops in (1, 2, 4):
+        with pytest.raises(ValueError, match=f"num_loops={num_loops} needs a cache of {2 + 2 * num_loops} slots"):
+            model(random_tokens(2, 1), past_key_values=cache, num_loops=num_loops)
+    model(random_tokens(2, 1), past_key_values=cache, num_loops=3)
+    assert int(cache.get_seq_length()) == 8, "a refused call must not have written to the cache"
+
+
+def test_the_package_defines_no_cache_class():
+    for file in Path(modeling_looped.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef):
+                bases = [ast.unparse(base) for base in node.bases]
+                assert not any("Cache" in base for base in bases), f"{file.name}: {node.name}"

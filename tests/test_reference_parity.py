@@ -1,0 +1,231 @@
+"""The model equals the plain reference of `reference.py`: logits, states, keys and values, and every gradient."""
+
+import pytest
+import torch
+from helpers import VARIANTS, random_tokens, randomise, tiny_config, tiny_model
+from reference import reference_logits, reference_trace
+from torch import Tensor, nn
+
+from modeling_looped import LoopedForCausalLM, LoopedForMaskedLM
+
+#: fp32 of two different orders of summation, logits of order one.
+LOGITS = {"rtol": 1e-5, "atol": 1e-5}
+#: Largest difference between two gradients of one parameter, as a part of its largest entry.
+GRADIENT_TOLERANCE = 2e-5
+
+#: More than the tables hold (the tiny models are built with three loops), fewer, and one.
+LOOP_COUNTS = (1, 2, 5)
+
+#: What the shared variants leave out.
+MORE_VARIANTS = {
+    "concat_input": {"injection": "linear", "state_init": "input", "prelude_norm": False},
+    "damped_fixed": {"loop_update": {"type": "damped", "steps": 4}},
+    "lora_some": {"loop_adapter": {"type": "lora", "rank": 2, "alpha": 5.0, "targets": ["v_proj", "down_proj"]}},
+    "lora_plain": {
+        "mlp_type": "plain",
+        "hidden_act": "relu2",
+        "loop_adapter": {"type": "lora", "rank": 2, "targets": ["o_proj", "up_proj", "down_proj"]},
+    },
+    "norms_everywhere": {
+        "loop_conditioning": {"type": "norms", "table_loops": 2},
+        "norm_placement": "sandwich",
+        "qk_norm": "flat",
+    },
+    "sinusoidal_odd": {"loop_conditioning": {"type": "sinusoidal", "scale": 0.7}, "hidden_size": 33, "head_dim": 8},
+    "every_loop_no_coda": {"final_norm": "every_loop", "num_coda_layers": 0},
+    "after_loops_no_coda": {"final_norm": "after_loops", "num_coda_layers": 0, "readout": "linear"},
+    "no_prelude": {"num_prelude_layers": 0, "num_coda_layers": 0, "injection": "none", "state_init": "input"},
+    "biases": {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
+    "wide_heads": {"head_dim": 12, "num_key_value_heads": 1},
+    "partial_rotary": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
+    "all_sliding": {"sliding_window": 3, "num_core_layers": 1},
+    "state_change": {"halting": {"type": "state_change", "threshold": 0.25}, "state_init": "input"},
+    "gate": {"halting": {"type": "gate", "threshold": 0.5}, "state_init": "input"},
+    "gate_off": {"halting": "gate"},
+    "gate_expected": {"halting": {"type": "gate", "threshold": 0.7, "output": "expected"}, "readout": "linear"},
+    "act": {"halting": {"type": "act", "threshold": 0.8, "initial_bias": 0.0}, "state_init": "input"},
+    "act_sandwich": {
+        "halting": {"type": "act", "threshold": 0.5, "initial_bias": -0.5},
+        "norm_placement": "sandwich",
+        "final_norm": "every_loop",
+        "num_coda_layers": 0,
+    },
+    "stacked_options": {"num_core_layers": 0, "final_norm": "every_loop", "norm_placement": "post", "qk_norm": "flat"},
+}
+ALL_VARIANTS = VARIANTS | MORE_VARIANTS
+
+
+def reference_weights(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters as leaves of their own graph."""
+    return {name: parameter.detach().clone().requires_grad_() for name, parameter in model.named_parameters()}
+
+
+def assert_same_gradients(model: nn.Module, weights: dict[str, Tensor], loss: Tensor, reference_loss: Tensor) -> None:
+    model.zero_grad()
+    loss.backward()
+    reference_loss.backward()
+    for name, parameter in model.named_parameters():
+        # what a run does not touch, as a gate that it never reaches, has no gradient or one of zeros
+        zeros = torch.zeros_like(parameter)
+        expected = zeros if weights[name].grad is None else weights[name].grad
+        allowed = max(GRADIENT_TOLERANCE * expected.abs().max().item(), 1e-6)
+        difference = ((zeros if parameter.grad is None else parameter.grad) - expected).abs().max().item()
+        assert difference <= allowed, f"{name}: gradients differ by {difference}, allowed are {allowed}"
+
+
+def cotangent(logits: Tensor) -> Tensor:
+    """Fixed weights that make a scalar of logits, so that every logit takes part in the gradient by itself."""
+    return torch.randn(logits.shape, generator=torch.Generator().manual_seed(11))
+
+
+@pytest.mark.parametrize("num_loops", LOOP_COUNTS)
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_logits_and_gradients_equal_the_reference(variant, num_loops):
+    model = tiny_model(**ALL_VARIANTS[variant])
+    weights = reference_weights(model)
+    tokens = random_tokens(2, 7)
+    logits = model(tokens, num_loops=num_loops).logits
+    expected = torch.stack([reference_logits(weights, model.config, row, num_loops=num_loops) for row in tokens])
+    torch.testing.assert_close(logits, expected, **LOGITS)
+    direction = cotangent(logits)
+    assert_same_gradients(model, weights, (logits * direction).sum(), (expected * direction).sum())
+
+
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_eager_attention_equals_the_reference(variant):
+    model = tiny_model(attn_implementation="eager", **ALL_VARIANTS[variant])
+    tokens = random_tokens(1, 9)
+    expected = reference_logits(reference_weights(model), model.config, tokens[0])
+    torch.testing.assert_close(model(tokens).logits[0], expected, **LOGITS)
+
+
+@pytest.mark.parametrize("variant", ALL_VARIANTS)
+def test_every_slot_holds_the_keys_and_values_of_its_invocation(variant):
+    model = tiny_model(**ALL_VARIANTS[variant])
+    tokens = random_tokens(1, 3)  # no longer than the shortest window, of which the cache keeps all
+    cache = model(tokens, use_cache=True, num_loops=5).past_key_values
+    trace = reference_trace(reference_weights(model), model.config, tokens[0], num_loops=5)
+    assert len(cache) == len(trace.slots)
+    for layer, (keys, values) in zip(cache.layers, trace.slots, strict=True):
+        held = slice(-layer.keys.shape[-2], None)
+        torch.testing.assert_close(layer.keys[0], keys[:, held], **LOGITS)
+        torch.testing.assert_close(layer.values[0], values[:, held], **LOGITS)
+
+
+@pytest.mark.parametrize("variant", ["parcae", "sandwich", "damped", "concat", "norms"])
+def test_loop_hidden_states_equal_the_reference_states(variant):
+    model = tiny_model(**VARIANTS[variant])
+    tokens = random_tokens(1, 5)
+    states = model(tokens, num_loops=4, output_loop_hidden_states=True).loop_hidden_states
+    trace = reference_trace(reference_weights(model), model.config, tokens[0], num_loops=4)
+    assert len(states) == len(trace.states) == 5
+    for state, expected in zip(states, trace.states, strict=True):
+        torch.testing.assert_close(state[0], expected, **LOGITS)
+
+
+@pytest.mark.parametrize("variant", ["state_change", "gate", "gate_off", "gate_expected", "act", "act_sandwich"])
+def test_tokens_halt_after_the_loops_of_the_reference(variant):
+    model = tiny_model(**MORE_VARIANTS[variant])
+    tokens = random_tokens(1, 31)
+    exits = model(tokens, num_loops=5).exit_loops[0]
+    trace = reference_trace(reference_weights(model), model.config, tokens[0], num_loops=5)
+    assert exits.tolist() == trace.exit_loops.tolist()
+    assert len(set(exits.tolist())) > 1 or variant == "gate_off"
+
+
+@pytest.mark.parametrize("num_loops", LOOP_COUNTS)
+def test_the_gates_straight_through_gradient_equals_the_reference(num_loops):
+    model = tiny_model(**MORE_VARIANTS["gate"]).train()
+    weights = reference_weights(model)
+    tokens = random_tokens(2, 7)
+    logits = model(tokens, num_loops=num_loops).logits
+    expected = torch.stack(
+        [reference_logits(weights, model.config, row, num_loops=num_loops, training=True) for row in tokens]
+    )
+    torch.testing.assert_close(logits, expected, **LOGITS)
+    direction = cotangent(logits)
+    assert_same_gradients(model, weights, (logits * direction).sum(), (expected * direction).sum())
+
+
+@pytest.mark.parametrize(("backprop_loops", "granularity"), [(1, "layer"), (2, "loop"), (3, "layer"), (4, "loop")])
+@pytest.mark.parametrize("variant", ["parcae", "add", "concat", "lora", "norms", "embedding", "gated"])
+def test_truncated_backpropagation_equals_an_explicit_detach(variant, granularity, backprop_loops):
+    settings = {"state_init": "zeros", "backprop_loops": backprop_loops, "checkpoint_granularity": granularity}
+    model = tiny_model(**(VARIANTS[variant] | settings)).train()
+    model.activation_checkpointing_enable()
+    weights = reference_weights(model)
+    tokens = random_tokens(2, 5)
+    logits = model(tokens, num_loops=4).logits
+    expected = torch.stack(
+        [reference_logits(weights, model.config, row, num_loops=4, backprop_loops=backprop_loops) for row in tokens]
+    )
+    torch.testing.assert_close(logits, expected, **LOGITS)
+    direction = cotangent(logits)
+    assert_same_gradients(model, weights, (logits * direction).sum(), (expected * direction).sum())
+
+
+def test_truncation_changes_the_gradient_and_nothing_else():
+    model = tiny_model().train()
+    gradients, losses = [], []
+    for backprop_loops in (None, 1):
+        model.config.backprop_loops = backprop_loops
+        model.zero_grad()
+        loss = model(random_tokens(), labels=random_tokens()).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append(model.model.injection.A_log.grad.clone())
+    assert torch.equal(*losses)
+    assert not torch.allclose(*gradients)
+
+
+@pytest.mark.parametrize(("attn_implementation", "num_loops"), [("sdpa", 1), ("sdpa", 5), ("eager", 2)])
+@pytest.mark.parametrize("variant", ["parcae", "in_place", "norms", "lora", "sliding", "all_sliding", "capped"])
+def test_the_bidirectional_model_equals_the_reference(variant, attn_implementation, num_loops):
+    config = tiny_config(is_causal=False, **ALL_VARIANTS[variant])
+    config._attn_implementation = attn_implementation
+    model = randomise(LoopedForMaskedLM(config)).eval()
+    weights = reference_weights(model)
+    tokens = random_tokens(2, 7)
+    logits = model(tokens, num_loops=num_loops).logits
+    expected = torch.stack([reference_logits(weights, config, row, num_loops=num_loops) for row in tokens])
+    torch.testing.assert_close(logits, expected, **LOGITS)
+    direction = cotangent(logits)
+    assert_same_gradients(model, weights, (logits * direction).sum(), (expected * direction).sum())
+
+
+def test_explicit_positions_equal_the_reference_at_those_positions():
+    model = tiny_model(state_init={"type": "normal", "std": 1.0})
+    tokens, positions = random_tokens(1, 6), torch.tensor([[3, 4, 7, 9, 20, 21]])
+    ones = torch.ones_like(tokens)  # with a mask, gaps between positions are gaps and not packed sequences
+    expected = reference_logits(reference_weights(model), model.config, tokens[0], positions=positions[0])
+    logits = model(tokens, position_ids=positions, attention_mask=ones).logits[0]
+    torch.testing.assert_close(logits, expected, **LOGITS)
+
+
+@pytest.mark.parametrize("variant", ["parcae", "sliding", "concat"])
+def test_packed_sequences_equal_the_reference_of_each(variant):
+    model = tiny_model(**VARIANTS[variant])
+    weights = reference_weights(model)
+    first, second = random_tokens(1, 6, seed=1), random_tokens(1, 5, seed=2)
+    positions = torch.cat((torch.arange(6), torch.arange(5)))[None]
+    packed = model(torch.cat((first, second), dim=1), position_ids=positions, use_cache=False).logits[0]
+    expected = [reference_logits(weights, model.config, part[0]) for part in (first, second)]
+    torch.testing.assert_close(packed, torch.cat(expected), **LOGITS)
+
+
+def test_a_given_initial_state_replaces_the_configured_one():
+    """The last state of a three-loop run, continued for two loops, is the five-loop run."""
+    model = tiny_model()
+    tokens = random_tokens()
+    whole = model(tokens, num_loops=5, output_loop_hidden_states=True)
+    middle = whole.loop_hidden_states[3]
+    torch.testing.assert_close(model(tokens, num_loops=2, initial_state=middle).logits, whole.logits, **LOGITS)
+
+
+def test_float64_equals_the_reference_tightly():
+    model = LoopedForCausalLM(tiny_config(readout="linear", qk_norm="per_head")).double().eval()
+    randomise(model)
+    tokens = random_tokens(1, 7)
+    expected = reference_logits(reference_weights(model), model.config, tokens[0])
+    # the injection's decay is computed in fp32 for every dtype
+    torch.testing.assert_close(model(tokens).logits[0], expected, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,204 @@
+"""Each strategy by itself computes the equation in its docstring, on numbers small enough to check by hand."""
+
+import math
+
+import pytest
+import torch
+from helpers import tiny_config
+
+from modeling_looped import LoopedForCausalLM
+from modeling_looped.conditioning import LOOP_CONDITIONINGS
+from modeling_looped.injection import INJECTIONS
+from modeling_looped.loop_adapter import LoopLoRA
+from modeling_looped.loop_update import LOOP_UPDATES
+from modeling_looped.readout import READOUTS
+from modeling_looped.registry import BuildContext, Strategy, table_row
+
+WIDTH = 4
+CONTEXT = BuildContext(hidden_size=WIDTH, num_core_layers=1, initializer_range=0.02, rms_norm_eps=1e-5)
+STATE = torch.tensor([[[1.0, -2.0, 3.0, 0.5]]])
+PRELUDE = torch.tensor([[[0.5, 4.0, -1.0, 2.0]]])
+OUTPUT = torch.tensor([[[2.0, 2.0, -5.0, 0.0]]])
+
+
+def build(registry, spec: str | dict, *, num_loops: int = 3) -> Strategy:
+    module = registry.build(registry.normalise(spec, num_loops=num_loops), CONTEXT)
+    with torch.no_grad():
+        module.init_weights()
+    return module
+
+
+def fill(parameter: torch.Tensor, value: float | torch.Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(torch.as_tensor(value))
+
+
+def test_none_injects_nothing():
+    assert torch.equal(build(INJECTIONS, "none")(PRELUDE)(STATE), STATE)
+
+
+def test_add_injects_the_sum():
+    assert torch.equal(build(INJECTIONS, "add")(PRELUDE)(STATE), STATE + PRELUDE)
+
+
+@pytest.mark.parametrize(("start", "expected"), [("state", STATE), ("prelude", PRELUDE)])
+def test_concat_can_start_by_passing_one_side_on(start, expected):
+    assert torch.equal(build(INJECTIONS, {"type": "concat", "start": start})(PRELUDE)(STATE), expected)
+
+
+def test_concat_multiplies_the_state_by_its_first_columns_and_the_prelude_by_its_last():
+    injection = build(INJECTIONS, "linear")
+    fill(injection.weight, torch.cat((2 * torch.eye(WIDTH), 10 * torch.eye(WIDTH)), dim=1))
+    torch.testing.assert_close(injection(PRELUDE)(STATE), 2 * STATE + 10 * PRELUDE)
+
+
+def test_concat_starts_with_the_spread_of_the_models_initialisation():
+    config = tiny_config(injection="concat", initializer_range=0.3, hidden_size=64)
+    weight = LoopedForCausalLM(config).model.injection.weight
+    assert weight.std().item() == pytest.approx(0.3, rel=0.1)
+
+
+def test_diagonal_euler_is_the_published_system_and_starts_with_the_identity_for_b():
+    injection = build(INJECTIONS, {"type": "diagonal", "initial_decay": 0.25})
+    step = math.log(4)  # exp(-step) = 0.25
+    torch.testing.assert_close(injection(PRELUDE)(STATE), 0.25 * STATE + step * PRELUDE)
+
+
+def test_diagonal_zero_order_hold_keeps_a_constant_input_constant():
+    """With A = -1 and B = I the exact hold is decay * s + (1 - decay) * e."""
+    injection = build(INJECTIONS, {"type": "diagonal", "initial_decay": 0.25, "input_matrix": "zoh"})
+    torch.testing.assert_close(injection(PRELUDE)(STATE), 0.25 * STATE + 0.75 * PRELUDE)
+    torch.testing.assert_close(injection(PRELUDE)(PRELUDE), PRELUDE)
+
+
+@pytest.mark.parametrize("input_matrix", ["euler", "zoh"])
+def test_diagonal_reads_the_prelude_through_b(input_matrix):
+    injection = build(INJECTIONS, {"type": "diagonal", "input_matrix": input_matrix})
+    through_identity = injection(PRELUDE)(torch.zeros_like(STATE))
+    swap = torch.eye(WIDTH).flip(0)
+    fill(injection.B, swap)
+    torch.testing.assert_close(injection(PRELUDE)(torch.zeros_like(STATE)), through_identity.flip(-1))
+
+
+def test_replace_takes_the_output():
+    assert torch.equal(build(LOOP_UPDATES, "replace")(STATE, OUTPUT, 0, 3), OUTPUT)
+
+
+@pytest.mark.parametrize(("steps", "num_loops", "k"), [(None, 4, 4), (None, 1, 1), (2, 7, 2), (8, 1, 8)])
+def test_damped_takes_a_kth_of_the_step(steps, num_loops, k):
+    update = build(LOOP_UPDATES, {"type": "damped", "steps": steps})
+    for loop_idx in range(num_loops):
+        expected = (1 - 1 / k) * STATE + OUTPUT / k
+        torch.testing.assert_close(update(STATE, OUTPUT, loop_idx, num_loops), expected)
+
+
+def test_damped_at_one_loop_is_bit_exactly_replace():
+    state, output = torch.randn(2, 5, 64), torch.randn(2, 5, 64)
+    assert torch.equal(build(LOOP_UPDATES, "damped")(state, output, 0, 1), output)
+
+
+def test_learned_scale_moves_by_its_own_scale_in_every_loop_and_channel():
+    update = build(LOOP_UPDATES, {"type": "learned_scale", "initial_scale": 0.5, "table_loops": 2})
+    torch.testing.assert_close(update(STATE, OUTPUT, 1, 9), (STATE + OUTPUT) / 2)
+    fill(update.scale, torch.tensor([[0.0, 1.0, 2.0, -1.0], [1.0, 0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(update(STATE, OUTPUT, 0, 9), torch.tensor([[[1.0, 2.0, -13.0, 1.0]]]))
+    for beyond in (1, 2, 8):
+        torch.testing.assert_close(update(STATE, OUTPUT, beyond, 9), torch.tensor([[[2.0, -2.0, 3.0, 0.5]]]))
+
+
+def test_gated_mixes_by_its_gate_and_leaves_the_free_loops_alone():
+    update = build(LOOP_UPDATES, {"type": "gated", "initial_gate": 0.25, "free_loops": 2})
+    for loop_idx in (0, 1):
+        torch.testing.assert_close(update(STATE, OUTPUT, loop_idx, 4), OUTPUT)
+    for loop_idx in (2, 3, 9):
+        torch.testing.assert_close(update(STATE, OUTPUT, loop_idx, 4), 0.75 * STATE + 0.25 * OUTPUT)
+
+
+@pytest.mark.parametrize(
+    ("spec", "num_loops", "expected"),
+    [
+        ("replace", 5, True),
+        ("damped", 1, True),
+        ("damped", 2, False),
+        ({"type": "damped", "steps": 1}, 5, True),
+        ({"type": "damped", "steps": 2}, 1, False),
+        ("learned_scale", 1, False),
+        ("gated", 1, False),
+        ({"type": "gated", "free_loops": 2}, 2, True),
+        ({"type": "gated", "free_loops": 2}, 3, False),
+    ],
+)
+def test_an_update_says_truly_whether_it_only_replaces(spec, num_loops, expected):
+    update = build(LOOP_UPDATES, spec)
+    assert update.is_replace(num_loops) is expected
+    if expected:
+        for loop_idx in range(num_loops):
+            assert torch.equal(update(STATE, OUTPUT, loop_idx, num_loops), OUTPUT)
+
+
+def test_the_loop_embedding_starts_at_zero_and_adds_its_row():
+    conditioning = build(LOOP_CONDITIONINGS, {"type": "embedding", "table_loops": 2})
+    assert torch.equal(conditioning(STATE, 1), STATE)
+    fill(conditioning.embedding, torch.tensor([[1.0] * WIDTH, [10.0] * WIDTH]))
+    assert torch.equal(conditioning(STATE, 0), STATE + 1)
+    assert torch.equal(conditioning(STATE, 1), STATE + 10)
+    assert torch.equal(conditioning(STATE, 7), STATE + 10)
+
+
+def test_the_time_signal_is_the_universal_transformers():
+    """Timescales run geometrically from 1 to 10^4; sines fill the first half of the channels, cosines the second."""
+    conditioning = build(LOOP_CONDITIONINGS, {"type": "sinusoidal", "scale": 2.0})
+    for t in (0, 1, 6):
+        signal = [math.sin(t), math.sin(t * 1e-4), math.cos(t), math.cos(t * 1e-4)]
+        torch.testing.assert_close(conditioning(STATE, t), STATE + 2.0 * torch.tensor(signal))
+
+
+def test_only_per_loop_norms_ask_for_rows_of_norm_weights():
+    rows = {name: build(LOOP_CONDITIONINGS, name, num_loops=5).norm_rows for name in LOOP_CONDITIONINGS}
+    assert rows.pop("norms") == 5
+    assert set(rows.values()) == {None}
+
+
+def test_per_loop_norms_share_every_projection():
+    plain = LoopedForCausalLM(tiny_config()).state_dict()
+    rows = LoopedForCausalLM(tiny_config(loop_conditioning="norms")).state_dict()
+    assert plain.keys() == rows.keys()
+    differing = {key for key in plain if plain[key].shape != rows[key].shape}
+    core_norms = {key for key in plain if "norm" in key and any(f"layers.{i}." in key for i in (1, 2))}
+    assert differing == core_norms
+    assert all(rows[key].shape == (3, *plain[key].shape) for key in core_norms)
+
+
+def test_the_loop_lora_adds_the_low_rank_difference_of_its_loop():
+    adapter = LoopLoRA(3, 2, rank=1, scale=2.0, table_loops=2)
+    fill(adapter.A, torch.tensor([[[1.0, 0.0, 0.0]], [[0.0, 1.0, 0.0]]]))
+    fill(adapter.B, torch.tensor([[[1.0], [0.0]], [[0.0], [1.0]]]))
+    x = torch.tensor([5.0, 7.0, 11.0])
+    torch.testing.assert_close(adapter(x, 0), torch.tensor([10.0, 0.0]))
+    for beyond in (1, 2, 6):
+        torch.testing.assert_close(adapter(x, beyond), torch.tensor([0.0, 14.0]))
+        torch.testing.assert_close(adapter.difference(beyond) @ x, adapter(x, beyond))
+
+
+def test_the_loop_lora_starts_without_a_difference_at_the_scale_alpha_over_rank():
+    config = tiny_config(loop_adapter={"type": "lora", "rank": 4, "alpha": 6.0, "targets": ["q_proj", "down_proj"]})
+    model = LoopedForCausalLM(config).model
+    adapters = {name: module for name, module in model.named_modules() if isinstance(module, LoopLoRA)}
+    expected = {f"layers.{i}.{part}" for i in (1, 2) for part in ("self_attn.loop_adapters.q_proj", "mlp.loop_adapters.down_proj")}
+    assert set(adapters) == expected
+    for adapter in adapters.values():
+        assert adapter.scale == 1.5
+        assert not adapter.B.any()
+        assert 0 < adapter.A.abs().max() <= 1 / math.sqrt(adapter.A.shape[-1])
+
+
+def test_the_linear_readout_starts_as_the_identity_and_multiplies():
+    readout = build(READOUTS, "linear")
+    assert torch.equal(readout(STATE), STATE)
+    fill(readout.weight, torch.eye(WIDTH).flip(0))
+    assert torch.equal(readout(STATE), STATE.flip(-1))
+    assert torch.equal(build(READOUTS, "none")(STATE), STATE)
+
+
+def test_loops_beyond_a_table_use_its_last_row():
+    assert [table_row(loop, 3) for loop in range(6)] == [0, 1, 2, 2, 2, 2]
