@@ -3,13 +3,16 @@
 import copy
 import dataclasses
 import difflib
+import math
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Self
 
 from huggingface_hub.dataclasses import strict
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationConfig
-from transformers.modeling_rope_utils import RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils import logging
 
 from .conditioning import LOOP_CONDITIONINGS
@@ -237,9 +240,7 @@ class LoopedConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
-        # Always the plain names: an `auto_map` read from a Hub repository points back at that repository, and a copy
-        # saved from it must load alone.
-        kwargs["auto_map"] = dict(AUTO_MAP)
+        kwargs.setdefault("auto_map", dict(AUTO_MAP))
         given_depth, given_types = self.num_hidden_layers, self.layer_types
         # Lengths that make no sense must reach `validate_*` with their own message, not fail in the arithmetic here.
         if self._counts_are_valid():
@@ -255,12 +256,24 @@ class LoopedConfig(PreTrainedConfig):
             value = STRATEGY_FIELDS[name].normalise(value, num_loops=self.num_loops if complete else None)
         previous = self.__dict__.get(name)
         super().__setattr__(name, value)
-        if complete and name in DEPTH_FIELDS:
+        if complete and name in self.__dataclass_fields__:
             try:
-                self._derive()
+                self._follow(name)
             except ValueError:
                 super().__setattr__(name, previous)
                 raise
+
+    def _follow(self, name: str) -> None:
+        """After a write to field `name` of a finished config: check it, and what depends on it, and derive from it.
+
+        Conditions between several fields wait for `validate`, since they cannot all be written at once.
+        """
+        self.validate_counts()
+        self.validate_choices()
+        if name in ("stored_layer_types", "sliding_window"):
+            self._check_stored_layer_types()
+        if name in DEPTH_FIELDS:
+            self._derive()
 
     def _derive(self) -> None:
         """Bring the fields that follow from others up to date."""
@@ -272,7 +285,7 @@ class LoopedConfig(PreTrainedConfig):
         stored = self.stored_layer_types
         if stored is None:
             stored = ["full_attention" if self.sliding_window is None else "sliding_attention"] * layout.stored_layers
-        if len(stored) == layout.stored_layers:  # else `validate_stored_layer_types` says so
+        if len(stored) == layout.stored_layers:  # else `validate_layer_type` says so
             super().__setattr__("layer_types", layout.expand(stored))
         super().__setattr__("num_hidden_layers", layout.num_slots)
 
@@ -338,10 +351,26 @@ class LoopedConfig(PreTrainedConfig):
         """Names of the MLP's projections, input side first."""
         return ("gate_proj", "up_proj", "down_proj") if self.mlp_type == "gated" else ("up_proj", "down_proj")
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As in Transformers, which drops what it cannot place: here another model's word for the loop count, and a
+        misspelt field where no model is there to refuse it, are errors."""
+        refuse_foreign_loop_names(kwargs, "from_pretrained")
+        if not kwargs.get("return_unused_kwargs"):
+            for key in kwargs:
+                close = nearest_field(key)
+                if close and not hasattr(cls, key):
+                    raise ValueError(f"{key}={kwargs[key]!r} is not a field of LoopedConfig. Did you mean {close!r}?")
+        return super().from_dict(config_dict, **kwargs)
+
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """Save `config.json` together with the model's code, so that the folder loads where the package is missing."""
+        # A config read from a Hub repository points back there; what is saved has the code beside it.
+        self.auto_map = dict(AUTO_MAP)
         copy_code(save_directory)
-        super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+        super().save_pretrained(save_directory, **kwargs)
+        if push_to_hub:  # Transformers' own upload from here would leave out the code, which is older than its look
+            self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
     # --- validation: one method per concern, run by `@strict` at construction and before saving ---------------------
 
@@ -356,14 +385,13 @@ class LoopedConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={getattr(self, name)} must be None or at least 1.")
 
     def validate_attention(self) -> None:
+        if self.num_attention_heads < 1:
+            raise ValueError(f"num_attention_heads={self.num_attention_heads} must be at least 1.")
         for name in ("num_key_value_heads", "head_dim"):
             if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}={getattr(self, name)!r} must be an integer, or None to follow other fields.")
-        if self.num_attention_heads < 1 or self.num_key_value_heads < 1:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} and num_key_value_heads={self.num_key_value_heads} "
-                "must be at least 1."
-            )
+        if self.num_key_value_heads < 1:
+            raise ValueError(f"num_key_value_heads={self.num_key_value_heads} must be at least 1.")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} must be a multiple of "
@@ -375,11 +403,10 @@ class LoopedConfig(PreTrainedConfig):
                 f"channels); left out, it is hidden_size={self.hidden_size} / num_attention_heads="
                 f"{self.num_attention_heads}."
             )
-        if not 0.0 <= self.attention_dropout < 1.0:
-            raise ValueError(f"attention_dropout={self.attention_dropout} must lie in [0, 1).")
 
     def validate_choices(self) -> None:
         for name, allowed in (
+            ("hidden_act", tuple(ACT2FN)),
             ("mlp_type", ("gated", "plain")),
             ("qk_norm", QK_NORMS),
             ("norm_placement", NORM_PLACEMENTS),
@@ -392,8 +419,31 @@ class LoopedConfig(PreTrainedConfig):
             raise ValueError(f"final_logit_softcapping={self.final_logit_softcapping} must be None or positive.")
         if self.rms_norm_eps <= 0:
             raise ValueError(f"rms_norm_eps={self.rms_norm_eps} must be positive.")
+        for name in ("attention_dropout", "classifier_dropout"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1).")
+        for name in ("embedding_scale", "logit_scale"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)} must be a finite number.")
+        if not 0.0 <= self.initializer_range < math.inf:
+            raise ValueError(f"initializer_range={self.initializer_range} must be a finite number of at least 0.")
 
-    def validate_stored_layer_types(self) -> None:
+    def validate_rope(self) -> None:
+        """Refuse what Transformers only warns about, or takes for a model with other rotary embeddings per layer type."""
+        allowed = ("default", *ROPE_INIT_FUNCTIONS)
+        rope_type = self.rope_parameters.get("rope_type")
+        if rope_type not in allowed:
+            raise ValueError(
+                f"rope_parameters={self.rope_parameters!r}: rope_type must be one of: {', '.join(allowed)} (one set of "
+                "parameters for all layers)."
+            )
+        super().validate_rope()
+
+    def validate_layer_type(self) -> None:
+        self._check_stored_layer_types()
+        super().validate_layer_type()
+
+    def _check_stored_layer_types(self) -> None:
         if self.stored_layer_types is None:
             return
         allowed = ("full_attention", "sliding_attention")
@@ -462,18 +512,17 @@ class LoopedConfig(PreTrainedConfig):
     def _check_keys(self, kwargs: dict[str, Any]) -> None:
         """Refuse a misspelt key, which Transformers would store without a word; warn about one it cannot place.
 
-        What comes from a file (it names its model type) is only warned about: an attribute that someone set on a config
-        is saved with it, and must not make the checkpoint unreadable.
+        What comes from a file (it names its model type) is only warned about: an attribute that someone set on a
+        config is saved with it, and must not make the checkpoint unreadable.
         """
-        fields = [field.name for field in dataclasses.fields(self)]
         generation = GenerationConfig._get_default_generation_params()
         for key in kwargs:
             if key in _HOST_KEYS or key in generation or key.startswith("_"):
                 continue
             if key in FOREIGN_LOOP_NAMES:
                 raise ValueError(f"{key}={kwargs[key]!r}: LoopedConfig calls the loop count num_loops.")
-            close = difflib.get_close_matches(key, fields, n=1, cutoff=0.8)
-            hint = f" Did you mean {close[0]!r}?" if close else ""
+            close = nearest_field(key)
+            hint = f" Did you mean {close!r}?" if close else ""
             if close and "model_type" not in kwargs:
                 raise ValueError(f"{key}={kwargs[key]!r} is not a field of LoopedConfig.{hint}")
             logger.warning_once(f"{key}={kwargs[key]!r} is not a field of LoopedConfig; nothing reads it.{hint}")
@@ -489,6 +538,13 @@ class LoopedConfig(PreTrainedConfig):
                     f"{name}={given} is ignored: it follows from the layer counts and num_loops, which make it "
                     f"{derived}. Set {setter} instead."
                 )
+
+
+def nearest_field(key: str) -> str | None:
+    """The field of `LoopedConfig` that `key` may have been meant for; `None` if none is near."""
+    fields = [field.name for field in dataclasses.fields(LoopedConfig)]
+    close = difflib.get_close_matches(key, fields, n=1, cutoff=0.8)
+    return close[0] if close else None
 
 
 def refuse_foreign_loop_names(names: Iterable[str], where: str) -> None:

@@ -73,6 +73,18 @@ class LoopedRotaryEmbedding(nn.Module):
         exponents = torch.arange(0, dim, 2, dtype=torch.float) / dim
         return 1.0 / parameters["rope_theta"] ** exponents, 1.0
 
+    def _apply(self, fn: Callable, recurse: bool = True):
+        """As in torch, except that `model.bfloat16()` leaves the frequencies in fp32: rounded to eight bits, they would
+        be off by radians a few hundred tokens into a text.
+        """
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
     @torch.no_grad()
     @dynamic_rope_update
     def forward(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:

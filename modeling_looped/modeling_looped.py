@@ -33,6 +33,7 @@ from .injection import INJECTIONS
 from .layers import LoopedAttention, LoopedDecoderLayer, LoopedRMSNorm, LoopedRotaryEmbedding
 from .loop_adapter import LOOP_ADAPTERS, LoopLoRA
 from .loop_update import LOOP_UPDATES
+from .peft_defaults import offer_peft_defaults
 from .readout import READOUTS
 from .registry import BuildContext, Strategy
 from .slots import SlotLayout, checked_num_loops
@@ -186,6 +187,7 @@ class LoopedModel(LoopedPreTrainedModel):
         self.stored_types = [config.stored_layer_type(layer) for layer in range(config.num_stored_layers)]
         self.gradient_checkpointing = False
         self.post_init()
+        offer_peft_defaults(config.model_type)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -221,6 +223,7 @@ class LoopedModel(LoopedPreTrainedModel):
 
         if not self.config.is_causal:
             use_cache, past_key_values = False, None
+        given_cache = past_key_values
         if use_cache and past_key_values is None:
             sized = self.config if layout.loops == self.config.num_loops else self.config.with_num_loops(layout.loops)
             past_key_values = DynamicCache(config=sized)
@@ -232,8 +235,10 @@ class LoopedModel(LoopedPreTrainedModel):
 
         positions: Tensor | None = position_ids
         if positions is None:
-            positions = default_position_ids(embeds, attention_mask, past_key_values)
-        masks = self._attention_masks(embeds, attention_mask, positions, past_key_values)
+            positions = default_position_ids(embeds, attention_mask, given_cache, kwargs.get("cu_seq_lens_q"))
+        # Only the caller's cache: the mask functions look for packed sequences where there is none, and one made above is
+        # still empty.
+        masks = self._attention_masks(embeds, attention_mask, positions, given_cache)
         cos, sin = self.rotary_emb(embeds, positions)
         run = partial(
             self._run_layers,
@@ -382,10 +387,17 @@ def refuse_cache_in_recompute() -> None:
     )
 
 
-def default_position_ids(inputs_embeds: Tensor, attention_mask: Any, past_key_values: Cache | None) -> Tensor:
-    """Positions [B or 1, S] where the caller gave none: counted over the tokens that a 2-D mask lets through, so that a
-    padded row sees the positions it would see alone; otherwise counted on from the cache."""
+def default_position_ids(
+    inputs_embeds: Tensor, attention_mask: Any, past_key_values: Cache | None, cu_seq_lens: Tensor | None = None
+) -> Tensor:
+    """Positions [B or 1, S] where the caller gave none: counted within each of the packed sequences that begin at
+    `cu_seq_lens`; over the tokens that a 2-D mask lets through, so that a padded row sees the positions it would see
+    alone; otherwise counted on from the cache."""
     length = inputs_embeds.shape[1]
+    if cu_seq_lens is not None:
+        index = torch.arange(length, device=cu_seq_lens.device, dtype=cu_seq_lens.dtype)
+        begin = cu_seq_lens[torch.searchsorted(cu_seq_lens, index, right=True) - 1]
+        return (index - begin).unsqueeze(0).to(inputs_embeds.device)
     fixed_size = past_key_values is not None and past_key_values.is_compileable
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and not fixed_size:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
@@ -558,11 +570,15 @@ class LoopedForMaskedLM(LoopedHeadMixin, LoopedPreTrainedModel):
 
 
 # Transformers' generic heads ask `AutoModel` for their base model, which cannot know our class where a folder's code is
-# loaded with `trust_remote_code` and the package is not installed; hence constructors of our own.
+# loaded with `trust_remote_code` and the package is not installed; hence constructors of our own. Their losses ignore
+# `num_items_in_batch`, which their forward only seems to take (`**kwargs`): `accepts_loss_kwargs=False` tells the Trainer,
+# which would otherwise add the losses of accumulated steps up instead of averaging them.
 
 
 @auto_docstring
 class LoopedForSequenceClassification(GenericForSequenceClassification, LoopedPreTrainedModel):
+    accepts_loss_kwargs = False
+
     def __init__(self, config: LoopedConfig):
         LoopedPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels or 2
@@ -573,6 +589,8 @@ class LoopedForSequenceClassification(GenericForSequenceClassification, LoopedPr
 
 @auto_docstring
 class LoopedForTokenClassification(GenericForTokenClassification, LoopedPreTrainedModel):
+    accepts_loss_kwargs = False
+
     def __init__(self, config: LoopedConfig):
         LoopedPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels or 2

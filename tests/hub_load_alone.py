@@ -1,8 +1,8 @@
 """Load saved folders where the package is missing: `python -I hub_load_alone.py JOBS RESULTS`.
 
 JOBS is a JSON file, a list of {"name", "folder", "auto_classes", "again"}; `folder` may be the id of a repository in
-the Hub's cache. Each folder is loaded with each Auto class and `trust_remote_code=True`, run, and saved again to `again`
-from the last class. RESULTS is a file that `torch.load` reads: name -> Auto class -> what was seen.
+the Hub's cache. Each folder is loaded with each Auto class and `trust_remote_code=True`, run, and saved again to
+`again` from the last class. RESULTS is a file that `torch.load` reads: name -> Auto class -> what was seen.
 """
 
 import importlib
@@ -60,7 +60,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         model.save_pretrained(job["again"])
     if Path(folder, "tokenizer.json").exists():
         pipeline = transformers.pipeline("text-generation", model=folder, trust_remote_code=True)
-        seen["pipeline"] = pipeline("w5 w17 w80", max_new_tokens=4, do_sample=False, return_full_text=False)
+        (answer,) = pipeline("w5 w17 w80", max_new_tokens=4, do_sample=False, return_tensors=True)
+        seen["pipeline"] = answer["generated_token_ids"]
     return seen
 
 

@@ -9,7 +9,7 @@ from transformers.cache_utils import QuantizedCache
 KEY_VARIANTS = ("parcae", "concat", "in_place", "damped", "norms", "lora", "sandwich", "sliding", "halting_act")
 
 # eos_token_id=-1: nothing stops early, so that every comparison covers all the tokens
-GREEDY = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": -1}
+GREEDY = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": -1}
 BEAMS = {**GREEDY, "num_beams": 3, "num_return_sequences": 2}
 SAMPLING = {**GREEDY, "do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 1.5}
 
@@ -25,7 +25,7 @@ def test_cached_generation_equals_uncached(variant, mode):
     model = tiny_model(std=1.0, **VARIANTS[variant])
     tokens = random_tokens(2, 7)
     of_loops = []
-    for num_loops in (1, 3, 4):
+    for num_loops in (1, 4):
         uncached = generated(model, tokens, use_cache=False, num_loops=num_loops, **mode)
         for cache in ("dynamic", "static"):
             assert generated(model, tokens, cache_implementation=cache, num_loops=num_loops, **mode) == uncached
@@ -50,7 +50,7 @@ def test_the_cache_that_generate_makes_has_the_slots_of_the_call(cache, num_loop
     assert type(made) is {"dynamic": DynamicCache, "static": StaticCache, "quantized": QuantizedCache}[cache]
     assert len(made) == model.config.with_num_loops(num_loops).num_hidden_layers == 2 + 2 * num_loops
     assert made.is_initialized
-    assert int(made.get_seq_length()) == 16  # the last token's keys are never needed
+    assert int(made.get_seq_length()) == 13  # the last token's keys are never needed
     assert model.config.num_hidden_layers == 8
 
 
@@ -75,7 +75,7 @@ def test_a_second_turn_on_the_old_cache_equals_a_fresh_start(kind, variant, num_
     config = model.config.with_num_loops(num_loops or 3)
     cache = DynamicCache(config=config) if kind == "dynamic" else StaticCache(config=config, max_cache_len=64)
     text = random_tokens(2, 7)
-    for turn in range(3):
+    for turn in range(2):
         text = torch.cat((text, random_tokens(2, 4, seed=turn)), dim=1)
         fresh = model.generate(text, num_loops=num_loops, **GREEDY)
         text = model.generate(text, past_key_values=cache, num_loops=num_loops, **GREEDY)
@@ -159,8 +159,8 @@ def test_generation_stops_at_the_end_token():
 # What drafts tokens must not change them: greedy assisted decoding is exact whatever the drafter.
 
 
-@pytest.mark.parametrize("num_loops", [None, 1, 5])
-@pytest.mark.parametrize("variant", ["parcae", "in_place", "sandwich", "sliding"])
+@pytest.mark.parametrize("num_loops", [None, 5])
+@pytest.mark.parametrize("variant", ["parcae", "sandwich", "sliding"])
 def test_assisted_decoding_equals_greedy(variant, num_loops):
     model = tiny_model(std=1.0, **VARIANTS[variant])
     llama = LlamaConfig(

@@ -10,7 +10,9 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,9 +22,11 @@ import transformers
 from helpers import VARIANTS, random_tokens, randomise, tiny_config, tiny_model
 from hub_load_alone import TOKENS
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import configuration_utils, modeling_utils
 from transformers.utils import hub as transformers_hub
 
 from modeling_looped import (
@@ -110,23 +114,45 @@ def save_merged_adapter(folder):
     return merged
 
 
-def push_to_hub(folder):
-    """What `push_to_hub` would upload. The Hub's client is replaced, since there is no network."""
+@contextmanager
+def uploads_to(root):
+    """Let commits to the Hub arrive in `root`/1, `root`/2, ...: there is no network, so its client is replaced."""
+    commits = count(1)
 
     def create_commit(*, operations, **kwargs):
+        folder = root / str(next(commits))
+        folder.mkdir(parents=True)
         for operation in operations:
             shutil.copy(operation.path_or_fileobj, folder / operation.path_in_repo)
 
     def no_card(*args, **kwargs):
         raise LocalEntryNotFoundError("no card yet")
 
-    folder.mkdir()
     client = SimpleNamespace(create_repo=lambda *a, **k: SimpleNamespace(repo_id=REPO_ID), create_commit=create_commit)
-    model = tiny_model()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transformers_hub, "hf_api", lambda: client)
+        for module in (transformers_hub, modeling_utils, configuration_utils):
+            patch.setattr(module, "hf_api", lambda: client)
         patch.setattr(transformers_hub.ModelCard, "load", no_card)
+        yield
+
+
+def push_to_hub(folder):
+    model = tiny_model()
+    with uploads_to(folder.parent / "uploads"):
         model.push_to_hub(REPO_ID)
+    (folder.parent / "uploads" / "1").rename(folder)
+    return model
+
+
+def save_without_code(folder):
+    """A checkpoint whose code lies in another repository, `REPO_ID`."""
+    model = tiny_model()
+    model.save_pretrained(folder)
+    for file in folder.glob("*.py"):
+        file.unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {auto_class: f"{REPO_ID}--{target}" for auto_class, target in AUTO_MAP.items()}
+    (folder / "config.json").write_text(json.dumps(config))
     return model
 
 
@@ -142,8 +168,9 @@ WAYS = {
     **{
         auto_class: (save_plainly(partial(head, auto_class)), ["AutoModel", auto_class])
         for auto_class in HEADS
-        if auto_class != "AutoModelForCausalLM"
+        if auto_class not in ("AutoModel", "AutoModelForCausalLM")
     },
+    "AutoModel": (save_plainly(partial(head, "AutoModel")), ["AutoModel"]),
     "AutoModelForCausalLM": (save_plainly(tiny_model), [*OTHER_CAUSAL_READERS, "AutoModelForCausalLM"]),
     "config_alone": (save_config, []),
     "with_tokenizer": (save_with_tokenizer, ["AutoModelForCausalLM"]),
@@ -153,6 +180,7 @@ WAYS = {
     "merged_adapter": (save_merged_adapter, ["AutoModelForCausalLM"]),
     "push_to_hub": (push_to_hub, ["AutoModelForCausalLM"]),
     "hub_repository": (save_plainly(tiny_model), ["AutoModelForCausalLM"]),
+    "code_elsewhere": (save_without_code, ["AutoModelForCausalLM"]),
     **{
         f"variant_{name}": (save_plainly(partial(tiny_model, **overrides)), ["AutoModelForCausalLM"])
         for name, overrides in VARIANTS.items()
@@ -225,6 +253,7 @@ def assert_computes(seen, expected, *, own_head):
         assert seen.get("generated", torch.empty(0)).tolist() == expected.get("generated", torch.empty(0)).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WAYS)
 def test_folder_loads_alone_and_computes_the_same(saved, name):
     readers = WAYS[name][1]
@@ -240,39 +269,59 @@ def test_folder_loads_alone_and_computes_the_same(saved, name):
         assert_computes(seen, saved.expected[name], own_head=not readers or auto_class == readers[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WAYS)
-def test_folder_saved_by_the_loaded_copy_loads_alone_too(saved, name):
+def test_folder_saved_by_the_loaded_copy_loads_alone_too(saved, name, tmp_path):
     for auto_class, seen in saved.second[name].items():
         if auto_class != "pipeline":
             assert_computes(seen, saved.expected[name], own_head=True)
-    first, again = ({path.name for path in of[name].iterdir()} for of in (saved.folders, saved.again))
-    # What only the first writer adds: its own training state, tokenizer, model card, shards.
-    assert {file for file in first if file.endswith(".py")} | {"config.json"} <= again
-    assert {file for file in again if file.endswith(".py")} == {path.name for path in PACKAGE.glob("*.py")} & again
+    for file in copy_code(tmp_path):
+        assert (saved.again[name] / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WAYS)
 def test_every_saved_config_names_all_auto_classes_in_its_own_folder(saved, name):
-    for folder in (saved.folders[name], saved.again[name]):
+    for folder in (saved.folders[name], saved.again[name])[name == "code_elsewhere" :]:
         auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
         assert auto_map == AUTO_MAP
         for target in auto_map.values():
             assert (folder / f"{target.split('.')[0]}.py").exists()
 
 
-def test_a_config_loaded_from_a_hub_repository_points_there_and_saves_plain_names(saved):
+def test_a_config_loaded_from_a_hub_repository_is_saved_without_its_id(tmp_path):
     """Transformers puts the repository's id in front of each name when it reads a config from the Hub."""
-    prefixed = LoopedConfig.from_dict({"auto_map": {key: f"{REPO_ID}--{value}" for key, value in AUTO_MAP.items()}})
-    assert prefixed.auto_map == AUTO_MAP
-    assert all(seen["auto_map"] == AUTO_MAP for seen in saved.first["hub_repository"].values())
+    prefixed = {auto_class: f"{REPO_ID}--{target}" for auto_class, target in AUTO_MAP.items()}
+    config = LoopedConfig.from_dict({"model_type": "looped", "auto_map": prefixed})
+    assert config.auto_map == prefixed
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
 
 
+@pytest.mark.slow
+def test_a_config_that_names_another_repository_takes_the_code_from_there(saved):
+    assert not list(saved.folders["code_elsewhere"].glob("*.py"))
+    for seen in saved.first["code_elsewhere"].values():
+        assert seen["module"].startswith("transformers_modules.someone.looped.")
+
+
+@pytest.mark.slow
 def test_pipeline_runs_alone(saved):
-    new_tokens = saved.expected["with_tokenizer"]
-    assert new_tokens["generated"].shape == (2, 11)
-    assert saved.first["with_tokenizer"]["pipeline"][0]["generated_text"].split()
+    model = LoopedForCausalLM.from_pretrained(saved.folders["with_tokenizer"])
+    tokens = model.generate(TOKENS[:1, :3], max_new_tokens=4, do_sample=False)
+    assert saved.first["with_tokenizer"]["pipeline"] == tokens[0].tolist()
 
 
+def test_pushing_while_saving_uploads_the_code(tmp_path):
+    with uploads_to(tmp_path / "hub"):
+        tiny_config().save_pretrained(tmp_path / "here", push_to_hub=True, repo_id=REPO_ID)
+        tiny_model().save_pretrained(tmp_path / "there", push_to_hub=True, repo_id=REPO_ID)
+    code = {file.name for file in copy_code(tmp_path / "code")}
+    assert code <= {path.name for path in (tmp_path / "hub" / "1").iterdir()}
+    assert code <= {path.name for path in (tmp_path / "hub" / "2").iterdir()}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("trust_remote_code", [None, True])
 @pytest.mark.parametrize("name", [name for name in WAYS if WAYS[name][1]])
 def test_folder_loads_with_the_package(saved, name, trust_remote_code):
@@ -287,13 +336,10 @@ def test_folder_loads_with_the_package(saved, name, trust_remote_code):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_shared_layer_is_on_disk_once(tmp_path, tied):
-    from safetensors import safe_open
-
     model = tiny_model(tie_word_embeddings=tied)
     model.save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        stored = {name: file.get_tensor(name).numel() for name in file}
-    assert sum(stored.values()) == model.num_parameters()
+    stored = load_file(tmp_path / "model.safetensors")
+    assert sum(tensor.numel() for tensor in stored.values()) == model.num_parameters()
     layers = {name.split(".")[2] for name in stored if name.startswith("model.layers.")}
     assert layers == {str(layer) for layer in range(model.config.num_stored_layers)}
 

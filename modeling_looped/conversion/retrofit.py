@@ -15,6 +15,7 @@ from modeling_looped.configuration_looped import LoopedConfig
 from modeling_looped.families import family_of
 from modeling_looped.loop_update import LoopUpdate
 from modeling_looped.modeling_looped import LoopedForCausalLM
+from modeling_looped.slots import checked_num_loops
 from modeling_looped.state_map import New, StateMap, convert
 
 
@@ -39,22 +40,24 @@ def retrofit(
         the looped model, with weights of its own in the teacher's dtype and on its device.
 
     Raises:
-        ValueError: if the parts do not add up to the teacher's layers, if it has something that no looped layer has, or
-            if its weights are quantised; says what is supported.
+        ValueError: if the parts do not add up to the teacher's layers, if it has something that no looped layer has,
+            or if its weights are quantised; says what is supported.
     """
     quantizer = getattr(teacher, "hf_quantizer", None)
     # Transformers unpacks the weights of a GGUF file as it loads them; packed ones are refused by `StateMap`.
     if quantizer is not None and quantizer.quantization_config.quant_method != "gguf":
         raise ValueError(
-            f"the teacher is quantised ({quantizer.quantization_config.quant_method.value}), and a looped model is made "
-            "from plain weights: load it without a quantization_config, or call its dequantize() first."
+            f"the teacher is quantised ({quantizer.quantization_config.quant_method.value}), and a looped model is "
+            "made from plain weights: load it without a quantization_config, or call its dequantize() first."
         )
     config = retrofit_config(teacher.config, prelude, core, coda, loops, loop_update=loop_update)
     with torch.device("meta"):
         skeleton = LoopedForCausalLM(config)
     update = skeleton.get_submodule("model.loop_update")
     if not (isinstance(update, LoopUpdate) and update.is_replace(1)):
-        raise ValueError(f"loop_update={config.loop_update!r} would change the function at one loop: use one that does not.")
+        raise ValueError(
+            f"loop_update={config.loop_update!r} would change the function at one loop: use one that does not."
+        )
     rules = family_of(teacher.config).state_map(tied=config.tie_word_embeddings).rules
     own = New("model.loop_update.{parameter}", "the update's own parameters start at their initialisation")
     return convert(teacher, teacher.state_dict(), StateMap(*rules, own), skeleton)
@@ -73,7 +76,7 @@ def retrofit_config(
         num_prelude_layers=prelude,
         num_core_layers=core,
         num_coda_layers=coda,
-        num_loops=loops,
+        num_loops=checked_num_loops(loops),
         injection="none",
         state_init="input",
         prelude_norm=False,
@@ -95,8 +98,8 @@ def check_split(num_layers: int, prelude: int, core: int, coda: int) -> None:
     ]
     valid = [split for split in dict.fromkeys(candidates) if min(split[0], split[2]) >= 0 and split[1] >= 1]
     raise ValueError(
-        f"prelude={prelude} + core={core} + coda={coda} must be the teacher's {num_layers} layers, the core at least 1; "
-        f"for example {' or '.join('/'.join(map(str, split)) for split in valid)}."
+        f"prelude={prelude} + core={core} + coda={coda} must be the teacher's {num_layers} layers, the core at least "
+        f"1; for example {' or '.join('/'.join(map(str, split)) for split in valid)}."
     )
 
 

@@ -1,0 +1,140 @@
+"""Verification: is the converted model the teacher at one loop, and what does it lose at more?
+
+B batch, S tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+#: Largest difference of two logits that counts as equal. Logits of order 40 differ by 6e-5 where only the order of
+#: fp32 operations does, and by more than 1 where one norm weight of SmolLM2-135M is wrong.
+TOLERANCE = 1e-3
+
+#: General English (fiction, explanations, a letter, a recipe), written for this project and under its licence, so no
+#: teacher has seen it.
+HELD_OUT_TEXT = Path(__file__).with_name("held_out_text.md")
+
+
+class ConversionError(RuntimeError):
+    """A converted model is not the function that it should be."""
+
+
+class Comparison(NamedTuple):
+    """Two models on the same tokens.
+
+    Attributes:
+        max_difference: largest absolute difference of two logits.
+        max_logit: largest absolute logit of the teacher, the scale to read it against.
+        hidden_states: largest absolute difference of the input of each layer in turn, and of the last one's output.
+        tokens: number of tokens compared.
+    """
+
+    max_difference: float
+    max_logit: float
+    hidden_states: list[float]
+    tokens: int
+
+    @property
+    def diverges_at(self) -> int:
+        """The layer in which the difference grows most: where to look first."""
+        growth = [after - before for before, after in zip(self.hidden_states, self.hidden_states[1:], strict=False)]
+        return max(range(len(growth)), key=growth.__getitem__)
+
+
+def text_windows(tokenizer: PreTrainedTokenizerBase, text: str, *, length: int = 512) -> list[Tensor]:
+    """The tokens of `text` in windows [1, S] of about equal size, at most `length` each.
+
+    Raises:
+        ValueError: if the text has fewer than two tokens.
+    """
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False, return_tensors="pt").input_ids
+    if tokens.shape[1] < 2:
+        raise ValueError(f"the text has {tokens.shape[1]} tokens; a loss needs at least 2.")
+    return list(tokens.chunk(math.ceil(tokens.shape[1] / length), dim=1))
+
+
+@torch.no_grad()
+def compare_at_one_loop(teacher: PreTrainedModel, looped: PreTrainedModel, windows: Iterable[Tensor]) -> Comparison:
+    """How far `looped` is from `teacher` at `num_loops=1`, in float32 arithmetic at least.
+
+    16-bit models are compared as float32 copies: in bfloat16 the order of operations alone moves a logit by more
+    than a wrong weight would.
+    """
+    teacher, looped = in_full_precision(teacher), in_full_precision(looped)
+    differences, scales, layers, tokens = [], [], [], 0
+    for window in windows:
+        window = window.to(teacher.device)
+        theirs = teacher(window, output_hidden_states=True, use_cache=False)
+        ours = looped(window, num_loops=1, output_hidden_states=True, use_cache=False)
+        differences.append(max_difference(theirs.logits, ours.logits))
+        scales.append(theirs.logits.abs().max().item())
+        pairs = zip(theirs.hidden_states, ours.hidden_states, strict=True)
+        layers.append([max_difference(before, after) for before, after in pairs])
+        tokens += window.numel()
+    return Comparison(max(differences), max(scales), [max(states) for states in zip(*layers, strict=True)], tokens)
+
+
+def refuse_difference(comparison: Comparison, tolerance: float) -> None:
+    """Raise ConversionError if two models differ by more than `tolerance`; says where the difference begins."""
+    if comparison.max_difference <= tolerance:
+        return
+    rows = [f"   {layer:>5} {difference:.2e}" for layer, difference in enumerate(comparison.hidden_states)]
+    raise ConversionError(
+        f"at num_loops=1 a logit differs from the teacher's by {comparison.max_difference:.2e}, more than the "
+        f"tolerance of {tolerance:.0e}; nothing was written. The difference grows most in layer "
+        f"{comparison.diverges_at}. Largest difference of the hidden states before each layer, and after the last:\n"
+        + "\n".join(rows)
+    )
+
+
+@torch.no_grad()
+def loss_by_loops(model: PreTrainedModel, windows: Iterable[Tensor], loops: Iterable[int]) -> dict[int, float]:
+    """Loss in nats per predicted token over `windows` at each loop count."""
+    return {count: mean_loss(model, windows, num_loops=count) for count in loops}
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, windows: Iterable[Tensor], **kwargs: int) -> float:
+    """Loss in nats per predicted token over `windows`; `kwargs` go to the model's forward."""
+    total, predicted = 0.0, 0
+    for window in windows:
+        window = window.to(model.device)
+        logits = model(window, use_cache=False, **kwargs).logits[0, :-1]
+        total += F.cross_entropy(logits.float(), window[0, 1:], reduction="sum").item()
+        predicted += window.numel() - 1
+    return total / predicted
+
+
+def in_full_precision(model: PreTrainedModel) -> PreTrainedModel:
+    """The model itself, or a float32 copy of one with fewer bits."""
+    return model if torch.finfo(model.dtype).bits >= 32 else copy.deepcopy(model).float()
+
+
+def max_difference(first: Tensor, second: Tensor) -> float:
+    """Largest absolute difference; infinite where either is not a number."""
+    difference = (first - second).abs().max().item()
+    return difference if math.isfinite(difference) else math.inf
+
+
+__all__ = [
+    "HELD_OUT_TEXT",
+    "TOLERANCE",
+    "Comparison",
+    "ConversionError",
+    "compare_at_one_loop",
+    "loss_by_loops",
+    "mean_loss",
+    "refuse_difference",
+    "text_windows",
+]

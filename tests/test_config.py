@@ -1,0 +1,257 @@
+"""What `LoopedConfig` refuses, and how it says so: every error names the field, the value and what is allowed."""
+
+import copy
+
+import pytest
+import transformers
+from helpers import tiny_config
+from huggingface_hub.errors import StrictDataclassError, StrictDataclassFieldValidationError
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
+from transformers.generation import GenerationConfig
+
+from modeling_looped import LoopedConfig
+from modeling_looped.configuration_looped import FOREIGN_LOOP_NAMES, STRATEGY_FIELDS
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+#: What is written -> what the message must contain, beside the field and the value.
+REFUSED = {
+    "no_loops": ({"num_loops": 0}, ["num_loops=0", "at least 1"]),
+    "negative_loops": ({"num_loops": -3}, ["num_loops=-3", "at least 1"]),
+    "negative_core": ({"num_core_layers": -1}, ["num_core_layers=-1", "not be negative"]),
+    "no_layers": (
+        {"num_prelude_layers": 0, "num_core_layers": 0, "num_coda_layers": 0},
+        ["num_prelude_layers=0", "num_core_layers=0", "num_coda_layers=0", "not all be 0"],
+    ),
+    **{
+        name: ({name: 0}, [f"{name}=0", "at least 1"])
+        for name in ("vocab_size", "intermediate_size", "max_position_embeddings", "num_attention_heads")
+    },
+    **{
+        name: ({name: 0}, [f"{name}=0", "None or at least 1"])
+        for name in ("max_trained_loops", "sliding_window", "backprop_loops")
+    },
+    "no_key_value_heads": ({"num_key_value_heads": 0}, ["num_key_value_heads=0", "at least 1"]),
+    "odd_groups": ({"num_attention_heads": 3}, ["num_attention_heads=3", "multiple of num_key_value_heads=2"]),
+    "odd_head_dim": ({"head_dim": 7}, ["head_dim=7", "even number"]),
+    "head_dim_text": ({"head_dim": "8"}, ["head_dim='8'", "integer"]),
+    "narrow": ({"hidden_size": 2}, ["head_dim=0", "hidden_size=2 / num_attention_heads=4"]),
+    "attention_dropout": ({"attention_dropout": 1.0}, ["attention_dropout=1.0", "[0, 1)"]),
+    "classifier_dropout": ({"classifier_dropout": -0.1}, ["classifier_dropout=-0.1", "[0, 1)"]),
+    "mlp_type": ({"mlp_type": "swiglu"}, ["mlp_type='swiglu'", "gated, plain"]),
+    "hidden_act": ({"hidden_act": "sillu"}, ["hidden_act='sillu'", *ACT2FN]),
+    "qk_norm": ({"qk_norm": "head"}, ["qk_norm='head'", "none, per_head, flat"]),
+    "norm_placement": ({"norm_placement": "peri"}, ["norm_placement='peri'", "pre, sandwich, sandwich_sum, post"]),
+    "final_norm": ({"final_norm": "loops"}, ["final_norm='loops'", "end, every_loop, after_loops"]),
+    "granularity": ({"checkpoint_granularity": "block"}, ["checkpoint_granularity='block'", "layer, loop"]),
+    "softcap": ({"final_logit_softcapping": 0}, ["final_logit_softcapping=0", "None or positive"]),
+    "eps": ({"rms_norm_eps": 0.0}, ["rms_norm_eps=0.0", "positive"]),
+    "embedding_scale": ({"embedding_scale": float("nan")}, ["embedding_scale=nan", "finite"]),
+    "logit_scale": ({"logit_scale": float("inf")}, ["logit_scale=inf", "finite"]),
+    "initializer_range": ({"initializer_range": -0.02}, ["initializer_range=-0.02", "at least 0"]),
+    "rope_type": ({"rope_parameters": {"rope_type": "spiral"}}, ["rope_parameters=", "'spiral'", "yarn, longrope"]),
+    "rope_per_type": ({"rope_parameters": {FULL: {"rope_type": "default"}}}, ["rope_parameters=", "all layers"]),
+    "layer_types_length": ({"stored_layer_types": [FULL]}, ["stored_layer_types has 1 entries", "= 4"]),
+    "layer_types_word": ({"stored_layer_types": [FULL] * 3 + ["chunked_attention"]}, ["'chunked_attention'", FULL, SLIDING]),
+    "layer_types_window": ({"stored_layer_types": [SLIDING] * 4}, ["stored_layer_types", "sliding_window must be set"]),
+    "prelude_never_enters": ({"injection": "none"}, ["injection='none'", "state_init='zeros'", "state_init='input'"]),
+    "adapter_without_core": ({"num_core_layers": 0, "loop_adapter": "lora"}, ["loop_adapter='lora'", "num_core_layers=0"]),
+    "readout_without_core": ({"num_core_layers": 0, "readout": "linear"}, ["readout='linear'", "num_core_layers=0"]),
+    "halting_without_core": ({"num_core_layers": 0, "halting": "gate"}, ["halting='gate'", "num_core_layers=0"]),
+    "adapter_target": ({"mlp_type": "plain", "loop_adapter": "lora"}, ["gate_proj", "mlp_type='plain'", "up_proj, down_proj"]),
+    "truncation": (
+        {"backprop_loops": 1, "injection": "none", "state_init": "input"},
+        ["backprop_loops=1", "injection='none'", "diagonal, add, concat"],
+    ),
+}
+#: Conditions between several fields, which cannot all be written at once: a finished config checks them when it is saved.
+REFUSED_TOGETHER = [
+    *("no_key_value_heads", "odd_groups", "odd_head_dim", "head_dim_text", "num_attention_heads"),
+    *("rope_type", "rope_per_type", "prelude_never_enters", "truncation", "adapter_target"),
+    *("adapter_without_core", "readout_without_core", "halting_without_core"),
+]
+#: `narrow` is wrong only while head_dim follows from hidden_size, and `no_layers` is refused at its last write.
+REFUSED_AT_ONCE = [name for name in REFUSED if name not in (*REFUSED_TOGETHER, "narrow", "no_layers")]
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_bad_value_is_refused_by_name_value_and_remedy(case):
+    settings, said = REFUSED[case]
+    with pytest.raises((ValueError, StrictDataclassError)) as error:
+        tiny_config(**settings)
+    for words in said:
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize("case", REFUSED_AT_ONCE)
+def test_a_bad_write_is_refused_and_leaves_the_config_unchanged(case):
+    settings, said = REFUSED[case]
+    config = tiny_config()
+    before = copy.deepcopy(config.to_dict())
+    (name, value), *_ = settings.items()
+    with pytest.raises(ValueError, match=name.replace("_", ".")) as error:
+        setattr(config, name, value)
+    for words in said:
+        assert words in str(error.value)
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize("case", REFUSED_TOGETHER)
+def test_what_several_writes_made_invalid_is_not_saved(case, tmp_path):
+    settings, said = REFUSED[case]
+    config = tiny_config()
+    for name, value in settings.items():
+        setattr(config, name, value)
+    with pytest.raises(StrictDataclassError) as error:
+        config.save_pretrained(tmp_path)
+    for words in said:
+        assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [
+        ("num_loops", "3", "int"),
+        ("num_loops", 3.0, "int"),
+        ("num_loops", True, "int"),
+        ("num_loops", None, "int"),
+        ("hidden_size", 32.5, "int"),
+        ("prelude_norm", "yes", "bool"),
+        ("prelude_norm", 1, "bool"),
+        ("is_causal", None, "bool"),
+        ("norm_placement", 1, "str"),
+        ("rms_norm_eps", "1e-5", "float"),
+        ("stored_layer_types", "full_attention", "list"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused(name, value, kind):
+    config = tiny_config()
+    before = getattr(config, name)
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"(?s){name}.*{kind}"):
+        tiny_config(**{name: value})
+    with pytest.raises(StrictDataclassFieldValidationError, match=f"(?s){name}.*{kind}"):
+        setattr(config, name, value)
+    assert getattr(config, name) == before
+
+
+@pytest.mark.parametrize("field", STRATEGY_FIELDS)
+@pytest.mark.parametrize("spec", [5, None, {}, [], {"kind": "add"}, {"type": 3}], ids=repr)
+def test_a_spec_without_a_type_is_refused_and_the_known_types_are_listed(field, spec):
+    config = tiny_config()
+    before = getattr(config, field)
+    for write in (lambda: tiny_config(**{field: spec}), lambda: setattr(config, field, spec)):
+        with pytest.raises(ValueError, match=rf"{field}=.*known types") as error:
+            write()
+        assert all(name in str(error.value) for name in STRATEGY_FIELDS[field])
+    assert getattr(config, field) == before
+
+
+@pytest.mark.parametrize("field", STRATEGY_FIELDS)
+def test_an_unknown_type_is_refused_and_the_known_ones_are_listed(field):
+    with pytest.raises(ValueError, match=f"{field}: unknown type 'bogus'") as error:
+        tiny_config(**{field: "bogus"})
+    assert all(name in str(error.value) for name in STRATEGY_FIELDS[field])
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"),
+    [
+        ("num_lops", "num_loops"),
+        ("hiden_size", "hidden_size"),
+        ("num_prelude_layer", "num_prelude_layers"),
+        ("norm_placment", "norm_placement"),
+        ("loop_updates", "loop_update"),
+        ("norm_eps", "rms_norm_eps"),
+    ],
+)
+def test_a_misspelt_key_is_refused_with_the_nearest_field(key, meant, tmp_path):
+    with pytest.raises(ValueError, match=f"{key}=.*Did you mean '{meant}'"):
+        LoopedConfig(**{key: 1})
+    tiny_config().save_pretrained(tmp_path)
+    for auto in (LoopedConfig, AutoConfig):
+        with pytest.raises(ValueError, match=f"{key}=.*Did you mean '{meant}'"):
+            auto.from_pretrained(tmp_path, **{key: 1})
+
+
+def test_a_parameter_of_a_strategy_is_refused_with_the_nearest_one():
+    with pytest.raises(ValueError, match=r"injection: type 'diagonal' has no parameter 'initial_dekay'.*'initial_decay'"):
+        tiny_config(injection={"type": "diagonal", "initial_dekay": 0.1})
+
+
+@pytest.mark.parametrize("name", sorted(FOREIGN_LOOP_NAMES))
+def test_another_models_word_for_the_loop_count_is_refused_everywhere(name, tmp_path):
+    assert not any(hasattr(LoopedConfig, foreign) for foreign in FOREIGN_LOOP_NAMES)
+    config = tiny_config()
+    with pytest.raises(ValueError, match=f"{name}=3: LoopedConfig calls the loop count num_loops"):
+        tiny_config(**{name: 3})
+    with pytest.raises(AttributeError, match=f"{name}=3: LoopedConfig calls the loop count num_loops"):
+        setattr(config, name, 3)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match=rf"from_pretrained\(\).*{name}.*num_loops"):
+        LoopedConfig.from_pretrained(tmp_path, **{name: 3})
+
+
+@pytest.fixture
+def hears_everything(caplog):
+    """The log, with nothing held back because it was said before."""
+    transformers.utils.logging.warning_once.cache_clear()
+    caplog.set_level("WARNING")
+    return caplog
+
+
+def test_the_default_config_constructs_and_saves_in_silence(hears_everything, recwarn, capfd, tmp_path):
+    LoopedConfig().save_pretrained(tmp_path)
+    LoopedConfig.from_pretrained(tmp_path)
+    assert hears_everything.records == []
+    assert list(recwarn) == []
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_key_that_is_no_field_is_named_in_a_warning(hears_everything):
+    config = LoopedConfig(my_note="kept")
+    assert config.my_note == "kept"
+    assert "my_note='kept' is not a field of LoopedConfig; nothing reads it." in hears_everything.text
+
+
+def test_a_misspelt_key_in_a_file_is_warned_about_and_the_file_stays_readable(hears_everything, tmp_path):
+    config = tiny_config()
+    config.num_lops = 7
+    config.save_pretrained(tmp_path)
+    assert LoopedConfig.from_pretrained(tmp_path).num_loops == config.num_loops
+    assert "num_lops=7 is not a field of LoopedConfig" in hears_everything.text
+    assert "Did you mean 'num_loops'?" in hears_everything.text
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "remedy"),
+    [("num_hidden_layers", 12, "num_core_layers or num_loops"), ("layer_types", [FULL], "stored_layer_types")],
+)
+def test_a_given_result_that_contradicts_the_counts_is_warned_about(name, value, remedy, hears_everything):
+    config = tiny_config(**{name: value})
+    assert (config.num_hidden_layers, config.layer_types) == (8, [FULL] * 8)
+    assert f"{name}={value} is ignored" in hears_everything.text
+    assert f"Set {remedy} instead" in hears_everything.text
+
+
+def test_generation_parameters_are_accepted_and_not_stored():
+    parameters = GenerationConfig._get_default_generation_params()
+    config = tiny_config(**parameters)
+    assert config.to_dict().keys() == tiny_config().to_dict().keys()
+
+
+#: What every config of Transformers carries beside the fields of its architecture.
+HOST_SETTINGS = PreTrainedConfig(name_or_path="somewhere", num_labels=3).to_dict() | {
+    "_name_or_path": "somewhere",
+    "attn_implementation": "eager",
+    "torch_dtype": "bfloat16",
+    "rope_theta": 5e4,
+    "partial_rotary_factor": 0.5,
+    "task_specific_params": None,
+}
+
+
+@pytest.mark.parametrize("key", [key for key in HOST_SETTINGS if key != "model_type"])
+def test_keys_that_transformers_keeps_in_every_config_are_taken_in_silence(key, hears_everything):
+    LoopedConfig(**{key: HOST_SETTINGS[key]})
+    assert hears_everything.text == ""
