@@ -15,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 import modeling_looped  # registers the Auto classes
@@ -79,17 +79,16 @@ def main() -> int:
     return 0
 
 
-def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, loops: int) -> list[int]:
+def answer(model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, loops: int) -> list[int]:
     """The tokens that the model answers PROMPT with, greedily."""
+    prompt = PROMPT
     if tokenizer.chat_template:
-        question = [{"role": "user", "content": PROMPT}]
-        inputs = tokenizer.apply_chat_template(
-            question, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-        )
-    else:
-        inputs = tokenizer(PROMPT, return_tensors="pt")
+        turns = [{"role": "user", "content": PROMPT}]
+        prompt = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    # a chat template writes the special tokens itself
+    inputs = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template, return_tensors="pt")
     tokens = model.generate(**inputs, num_loops=loops, max_new_tokens=NEW_TOKENS, do_sample=False)
-    return tokens[0, inputs["input_ids"].shape[1] :].tolist()
+    return tokens[0, inputs.input_ids.shape[1] :].tolist()
 
 
 def answers_of_saved(folder: Path) -> dict[int, list[int]]:

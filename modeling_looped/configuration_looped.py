@@ -256,7 +256,8 @@ class LoopedConfig(PreTrainedConfig):
             value = STRATEGY_FIELDS[name].normalise(value, num_loops=self.num_loops if complete else None)
         previous = self.__dict__.get(name)
         super().__setattr__(name, value)
-        if complete and name in self.__dataclass_fields__:
+        # Transformers writes `is_causal` around every forward, so a write that changes nothing must cost nothing.
+        if complete and value is not previous and name in self.__dataclass_fields__:
             try:
                 self._follow(name)
             except ValueError:

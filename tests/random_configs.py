@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from helpers import randomise, tiny_config
-from hypothesis import settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM
@@ -17,7 +17,13 @@ from modeling_looped.configuration_looped import (
     STRATEGY_FIELDS,
 )
 
-modest = settings(max_examples=25, deadline=None, derandomize=True)
+modest = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    phases=(Phase.explicit, Phase.generate, Phase.shrink),
+    suppress_health_check=(HealthCheck.too_slow,),  # other processes may be using the machine
+)
 
 MODERATE_LOOPS = st.integers(1, 4)
 
@@ -26,7 +32,7 @@ MODERATE_LOOPS = st.integers(1, 4)
 def shapes(draw: st.DrawFn) -> dict[str, Any]:
     """Sizes and layer options, without the strategies."""
     key_value_heads = draw(st.integers(1, 2))
-    sliding_window = draw(st.none() | st.integers(1, 6))
+    sliding_window = draw(st.none() | st.integers(2, 6))
     parts = draw(st.tuples(st.integers(0, 2), st.integers(1, 2), st.integers(0, 2)))
     layer_types = ["full_attention"] if sliding_window is None else ["full_attention", "sliding_attention"]
     stored = st.lists(st.sampled_from(layer_types), min_size=sum(parts), max_size=sum(parts))
@@ -80,8 +86,8 @@ def in_place_configs(draw: st.DrawFn) -> LoopedConfig:
     if chosen["final_norm"] != "end":
         # one norm at the end, unless a coda or the second norm of `after_loops` follows it
         chosen |= {"final_norm": "every_loop", "num_coda_layers": 0, "stored_layer_types": None}
-    plain = {"injection": "none", "state_init": "input", "prelude_norm": False, "num_loops": 1}
-    return tiny_config(**chosen, **plain, loop_update=draw(st.sampled_from(["replace", "damped"])))
+    chosen |= {"injection": "none", "state_init": "input", "prelude_norm": False, "num_loops": 1}
+    return tiny_config(**chosen, loop_update=draw(st.sampled_from(["replace", "damped"])))
 
 
 def random_model(config: LoopedConfig) -> LoopedForCausalLM:

@@ -3,41 +3,67 @@
 FlashAttention has a file of its own, `test_flash_attention.py`.
 """
 
-import warnings
+import functools
 
 import pytest
 import torch
 from helpers import VARIANTS, assert_close, random_tokens, tiny_config, tiny_model
-from transformers import DynamicCache
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from transformers import DynamicCache, masking_utils
+from transformers.integrations import flex_attention as flex_integration
 
 from modeling_looped import LoopedForCausalLM, LoopedForMaskedLM
 
 PACKED_LENGTHS = (4, 1, 9, 6)
 
 
-def with_attention(model: LoopedForCausalLM, name: str) -> LoopedForCausalLM:
-    model.set_attn_implementation(name)
-    return model
+# What torch says of the fixture `flex_uncompiled`.
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@torch.no_grad()
-def test_eager_and_flex_equal_sdpa(variant):
-    model = tiny_model(**VARIANTS[variant])
+@pytest.fixture
+def flex_uncompiled(monkeypatch):
+    """FlexAttention and its block mask in plain operations: compiling each of them takes half a minute here."""
+    monkeypatch.setattr(
+        masking_utils,
+        "create_block_mask",
+        lambda *args, **kwargs: create_block_mask(*args, **{**kwargs, "_compile": False}),
+    )
+    monkeypatch.setattr(
+        flex_integration,
+        "compile_friendly_flex_attention",
+        lambda query, key, value, training=False, **kwargs: flex_attention(query, key, value, **kwargs),
+    )
+
+
+def logits_with(model: LoopedForCausalLM, attention: str, tokens: torch.Tensor, **kwargs) -> torch.Tensor:
+    model.set_attn_implementation(attention)
+    return model(tokens, **kwargs).logits
+
+
+def assert_implementations_agree(model: LoopedForCausalLM) -> None:
     tokens = random_tokens(2, 11)
     mask = torch.tensor([[0] * 4 + [1] * 7, [1] * 11])
     for kwargs in ({}, {"attention_mask": mask}, {"num_loops": 1}):
-        expected = with_attention(model, "sdpa")(tokens, **kwargs).logits
+        expected = logits_with(model, "sdpa", tokens, **kwargs)
         seen = mask.bool() if "attention_mask" in kwargs else torch.ones_like(tokens).bool()
-        assert_close(with_attention(model, "eager")(tokens, **kwargs).logits[seen], expected[seen])
-        assert_close(flex_logits(model, tokens, **kwargs)[seen], expected[seen])
+        for attention in ("eager", "flex_attention"):
+            assert_close(logits_with(model, attention, tokens, **kwargs)[seen], expected[seen])
 
 
-def flex_logits(model: LoopedForCausalLM, tokens: torch.Tensor, **kwargs) -> torch.Tensor:
-    """Logits of `flex_attention`, which on a CPU without a compiler runs unfused."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        return with_attention(model, "flex_attention")(tokens, **kwargs).logits
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.usefixtures("flex_uncompiled")
+@torch.no_grad()
+def test_eager_and_flex_equal_sdpa(variant):
+    assert_implementations_agree(tiny_model(**VARIANTS[variant]))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated. Methods on autograd functions:DeprecationWarning")
+@torch.no_grad()
+def test_compiled_flex_equals_sdpa():
+    """As it runs for a user: FlexAttention compiled by inductor, which also works without a GPU."""
+    assert_implementations_agree(tiny_model(**VARIANTS["sliding"]))
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -87,6 +113,7 @@ def packed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return random_tokens(1, sum(PACKED_LENGTHS)), positions, begins
 
 
+@pytest.mark.usefixtures("flex_uncompiled")
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 @pytest.mark.parametrize("variant", ["parcae", "concat", "in_place", "sliding"])
@@ -98,12 +125,10 @@ def test_packed_texts_equal_separate_texts(variant, attention, use_cache):
     lengths = {"max_length_q": max(PACKED_LENGTHS), "max_length_k": max(PACKED_LENGTHS)}
     by_lengths = {"cu_seq_lens_q": begins, "cu_seq_lens_k": begins, **lengths}
     for kwargs in ({"position_ids": positions}, by_lengths, {"position_ids": positions, **by_lengths}):
-        run = flex_logits if attention == "flex_attention" else with_attention(model, attention)
-        arguments = (model, tokens) if attention == "flex_attention" else (tokens,)
-        logits = run(*arguments, use_cache=use_cache, **kwargs)
-        assert_close(getattr(logits, "logits", logits), expected)
+        assert_close(logits_with(model, attention, tokens, use_cache=use_cache, **kwargs), expected)
 
 
+@pytest.mark.usefixtures("flex_uncompiled")
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 @torch.no_grad()
 def test_a_sliding_layer_sees_its_window_and_no_more(attention):
@@ -117,12 +142,10 @@ def test_a_sliding_layer_sees_its_window_and_no_more(attention):
     in_window = (distance >= 0) & (distance < window)
     expected = full(tokens, attention_mask=in_window[None, None].expand(2, 1, -1, -1)).logits
     assert (expected - full(tokens).logits).abs().max() > 0.01
-    if attention == "flex_attention":
-        assert_close(flex_logits(sliding, tokens), expected)
-    else:
-        assert_close(with_attention(sliding, attention)(tokens).logits, expected)
+    assert_close(logits_with(sliding, attention, tokens), expected)
 
 
+@pytest.mark.usefixtures("flex_uncompiled")
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
 @torch.no_grad()
 def test_an_encoder_sees_both_sides_and_no_padding(attention):
@@ -131,8 +154,7 @@ def test_an_encoder_sees_both_sides_and_no_padding(attention):
     mask = torch.tensor([[1] * 6 + [0] * 3, [1] * 9])
     changed = tokens.clone()
     changed[:, 5] = 3 + (tokens[:, 5] - 2) % 90
-    run = (lambda *a, **k: flex_logits(model, *a, **k)) if attention == "flex_attention" else None
-    logits = run or (lambda *a, **k: with_attention(model, attention)(*a, **k).logits)
+    logits = functools.partial(logits_with, model, attention)
     assert (logits(tokens)[:, 0] - logits(changed)[:, 0]).abs().max() > 1e-4
     assert_close(logits(tokens, attention_mask=mask)[0, :6], logits(tokens[:1, :6])[0])
 

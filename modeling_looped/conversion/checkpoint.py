@@ -203,7 +203,7 @@ def loss_table(teacher_loss: float, losses: dict[int, float], config: LoopedConf
 
 
 def layer_map(layout: SlotLayout) -> list[dict[str, Any]]:
-    """For each layer of the teacher, which is stored under the same number: its part, and the slots in which it runs."""
+    """For each layer of the teacher (stored under the same number): its part, and the slots in which it runs."""
     slots: list[list[int]] = [[] for _ in range(layout.stored_layers)]
     for slot in range(layout.num_slots):
         slots[layout.layer_and_loop(slot)[0]].append(slot)

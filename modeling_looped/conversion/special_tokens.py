@@ -47,8 +47,8 @@ def align_special_tokens(
                 setattr(target, name, value)
     if set(pad) & set(eos):
         lines.append(
-            f"note: {tokenizer.pad_token!r} both pads and ends a text: training that masks padding by its id would mask "
-            "the end too"
+            f"note: {tokenizer.pad_token!r} both pads and ends a text: training that masks padding by its id would "
+            "mask the end too"
         )
     return lines
 

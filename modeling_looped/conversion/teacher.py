@@ -38,7 +38,7 @@ class TeacherFiles:
 
     @functools.cached_property
     def config(self) -> PreTrainedConfig:
-        """The config. It is read once: in a GGUF file it stands beside the vocabulary, which takes seconds to parse."""
+        """The config, read once: in a GGUF file it stands beside the vocabulary, which takes seconds to parse."""
         return AutoConfig.from_pretrained(self.folder, **self._gguf)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
