@@ -4,9 +4,9 @@
 
 Both models have the same width, heads, MLP and number of layer executions per token; Llama stores every one of its
 layers, the looped model stores the core once. For each task the two run alternately, and the table gives medians over
-the repetitions and the ratio looped / Llama of tokens per second (above 1: the looped model is faster). `llama` against
-a second `llama` shows how far from 1 noise alone takes the ratio. Peak memory comes from a fresh process per model and
-task.
+the repetitions and the ratio looped / Llama of tokens per second (above 1: the looped model is faster). `llama`
+against a second `llama` shows how far from 1 noise alone takes the ratio. Peak memory comes from a fresh process per
+model and task.
 """
 
 import argparse
@@ -43,17 +43,20 @@ def make(name: str, shape: dict) -> PreTrainedModel:
 
 
 def tokens(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
+    """Fixed random prompts [batch, length]."""
     return torch.randint(3, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()
 def prefill(model: PreTrainedModel, batch: int = 1) -> int:
+    """One cached forward over a prompt; returns the tokens processed."""
     model(tokens(model, batch, PROMPT), use_cache=True, logits_to_keep=1)
     return batch * PROMPT
 
 
 @torch.no_grad()
 def decode(model: PreTrainedModel, batch: int) -> int:
+    """Greedy steps on a cache; returns the tokens decoded and leaves the time of the steps in `decode.seconds`."""
     cache = DynamicCache(config=model.config)
     step = model(tokens(model, batch, 32), past_key_values=cache, use_cache=True, logits_to_keep=1)
     start = time.perf_counter()
@@ -64,6 +67,7 @@ def decode(model: PreTrainedModel, batch: int) -> int:
 
 
 def train(model: PreTrainedModel, batch: int = 2) -> int:
+    """Forward and backward of one batch; returns the tokens processed."""
     ids = tokens(model, batch, TRAINED)
     model.train()
     model(ids, labels=ids, use_cache=False).loss.backward()
@@ -81,6 +85,7 @@ TASKS: dict[str, Callable[[PreTrainedModel], int]] = {
 
 
 def tokens_per_second(task: str, model: PreTrainedModel) -> float:
+    """Run a task once."""
     start = time.perf_counter()
     count = TASKS[task](model)
     return count / (decode.seconds if task.startswith("decode") else time.perf_counter() - start)
@@ -100,6 +105,7 @@ def peak_memory(name: str, task: str, arguments: list[str]) -> float:
 
 
 def main() -> None:
+    """Measure, print the table, write the figures."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden-size", type=int, default=256)
     parser.add_argument("--heads", type=int, default=4)
@@ -155,7 +161,7 @@ def main() -> None:
         "key_value_bytes_per_token": {name: key_value_bytes_per_token(model) for name, model in models.items()},
         "tasks": {},
     }
-    print("| task | llama, tokens/s | llama again | in place | diagonal injection | peak MiB llama / in place / diagonal |")
+    print("| task | llama, tokens/s | llama again | in place | diagonal | peak MiB: llama / in place / diagonal |")
     print("|---|---|---|---|---|---|")
     for task in TASKS:
         base = speeds[task]["llama"]
@@ -166,7 +172,8 @@ def main() -> None:
         medians = {name: statistics.median(values) for name, values in speeds[task].items()}
         results["tasks"][task] = {"tokens_per_second": medians, "ratio_to_llama": ratios, "peak_mib": peaks}
         row = [f"{ratios[name]:.2f}x" for name in ("llama again", "in_place", "diagonal")]
-        print(f"| {task} | {medians['llama']:.0f} | {' | '.join(row)} | {' / '.join(f'{p:.0f}' for p in peaks.values())} |")
+        memory = " / ".join(f"{peak:.0f}" for peak in peaks.values())
+        print(f"| {task} | {medians['llama']:.0f} | {' | '.join(row)} | {memory} |")
     print(f"parameters: {results['parameters']}")
     print(f"key-value bytes per token: {results['key_value_bytes_per_token']}")
     if args.output:

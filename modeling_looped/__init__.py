@@ -1,7 +1,7 @@
 """Looped language models for Hugging Face Transformers.
 
-Importing the package registers the classes, so that `AutoModelForCausalLM.from_pretrained` and its siblings load looped
-checkpoints.
+Importing the package registers the classes, so that `AutoModelForCausalLM.from_pretrained` and its siblings load
+looped checkpoints.
 """
 
 from transformers import (

@@ -33,7 +33,7 @@ class TableParams:
 
 
 class LoopConditioning(Strategy):
-    """Abstract conditioning: may add a signal to the core's input, and may give the core's norms one weight per loop."""
+    """Abstract conditioning: may add a signal to the core's input, and may give its norms one weight per loop."""
 
     #: Whether the signal changes the state, so that the loop cannot be unrolled into a plain stack.
     adds_signal = False
@@ -101,7 +101,8 @@ class SinusoidalTime(LoopConditioning):
         exponent = torch.arange(half, dtype=torch.float32, device=hidden_states.device) / max(half - 1, 1)
         angle = loop_idx * torch.exp(exponent * -math.log(1e4))
         signal = torch.cat((angle.sin(), angle.cos()))
-        signal = nn.functional.pad(signal, (0, self.context.hidden_size - 2 * half))  # an odd width keeps its last channel
+        # An odd width keeps its last channel.
+        signal = nn.functional.pad(signal, (0, self.context.hidden_size - 2 * half))
         return hidden_states + (self.params.scale * signal).to(hidden_states.dtype)
 
 

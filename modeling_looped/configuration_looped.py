@@ -132,34 +132,34 @@ class LoopedConfig(PreTrainedConfig):
         attention_dropout (`float`, defaults to 0): dropout on attention weights, in training.
         qk_norm (`str`, defaults to `"none"`): RMS norm of queries and keys before RoPE: `per_head` (Qwen3) or `flat`,
             over all heads' channels (OLMo-2).
-        norm_placement (`str`, defaults to `"pre"`): with n a norm and f attention or MLP, `pre`: x + f(n x); `sandwich`:
-            x + n(f(n x)) (Ouro); `sandwich_sum`: n(x + f(n x)) (Huginn); `post`: n(x + f x); `post_branch`: x + n(f x)
-            (OLMo-2).
+        norm_placement (`str`, defaults to `"pre"`): with n a norm and f attention or MLP, `pre`: x + f(n x);
+            `sandwich`: x + n(f(n x)) (Ouro); `sandwich_sum`: n(x + f(n x)) (Huginn); `post`: n(x + f x);
+            `post_branch`: x + n(f x) (OLMo-2).
         final_norm (`str`, defaults to `"end"`): where the final norm acts: `end`, before the head; `every_loop`, on
             the state after each loop, whose result starts the next one, and at the end where a coda follows (Ouro,
             Nanbeige); `after_loops`, on the last state and again at the end (Huginn).
         prelude_norm (`bool`, defaults to `True`): normalise the prelude's output before it is injected.
         rms_norm_eps (`float`, defaults to 1e-5): epsilon of all norms.
-        stored_layer_types (`list[str]`, *optional*): `full_attention` or `sliding_attention` per stored layer (prelude,
-            core, coda). `None`: all sliding if `sliding_window` is set, else all full.
+        stored_layer_types (`list[str]`, *optional*): `full_attention` or `sliding_attention` per stored layer
+            (prelude, core, coda). `None`: all sliding if `sliding_window` is set, else all full.
         sliding_window (`int`, *optional*): window of the sliding layers, in tokens.
         is_causal (`bool`, defaults to `True`): `False` gives the bidirectional encoder.
         max_position_embeddings (`int`, defaults to 2048), rope_parameters (`dict`, *optional*): rotary embeddings, of
             every type that Transformers knows.
         embedding_scale, logit_scale (`float`, default to 1): factors on the embeddings and on the logits.
         final_logit_softcapping (`float`, *optional*): c in c * tanh(logits / c), after the scale.
-        injection (`dict` or `str`, defaults to `"diagonal"`): how the prelude enters each loop: `none`, `add`, `concat` or
-            `diagonal` [injection.py].
+        injection (`dict` or `str`, defaults to `"diagonal"`): how the prelude enters each loop: `none`, `add`,
+            `concat` or `diagonal` [injection.py].
         state_init (`dict` or `str`, defaults to `"zeros"`): the state before the first loop: `input` (the prelude),
             `zeros` or `normal` [state.py].
-        loop_update (`dict` or `str`, defaults to `"replace"`): how a loop's result becomes the state: `replace`, `damped`,
-            `learned_scale` or `gated` [loop_update.py].
+        loop_update (`dict` or `str`, defaults to `"replace"`): how a loop's result becomes the state: `replace`,
+            `damped`, `learned_scale` or `gated` [loop_update.py].
         loop_conditioning (`dict` or `str`, defaults to `"none"`): how layers know the loop: `none`, `embedding`,
             `sinusoidal` or `norms` [conditioning.py].
         loop_adapter (`dict` or `str`, defaults to `"none"`): low-rank weights per loop: `none` or `lora`
             [loop_adapter.py].
-        halting (`dict` or `str`, defaults to `"none"`): which loop's state each token is read from: `none`, `state_change`,
-            `gate` or `act` [halting.py].
+        halting (`dict` or `str`, defaults to `"none"`): which loop's state each token is read from: `none`,
+            `state_change`, `gate` or `act` [halting.py].
         readout (`dict` or `str`, defaults to `"none"`): map from the last state to the coda: `none` or `linear`
             [readout.py].
         backprop_loops (`int`, *optional*): in training, only the last so many loops keep a graph (truncated
@@ -307,8 +307,9 @@ class LoopedConfig(PreTrainedConfig):
         return other
 
     def slots_to_run(self, num_loops: int) -> int:
-        """Slots that a call with `num_loops` loops runs: all, unless early-exit drafting has written the number of slots
-        after which it stops to `num_hidden_layers`."""
+        """Slots that a call with `num_loops` loops runs: all, unless early-exit drafting has written the number of
+        slots after which it stops to `num_hidden_layers`.
+        """
         slots = self.slot_layout(num_loops).num_slots
         is_cut = self.num_hidden_layers != self.slot_layout().num_slots
         return min(self.num_hidden_layers, slots) if is_cut else slots
@@ -332,7 +333,7 @@ class LoopedConfig(PreTrainedConfig):
 
     @property
     def base_model_tp_plan(self) -> dict[str, str]:
-        """Tensor-parallel plan of the base model (it depends on which projections there are and what sits beside them)."""
+        """Tensor-parallel plan of the base model; it depends on the projections there are and what is beside them."""
         # A norm over all heads' channels and a low-rank adapter work on whole activations, so the projections around
         # them gather; the memory of the weights is still split.
         column, row = "colwise", "rowwise"
@@ -355,7 +356,8 @@ class LoopedConfig(PreTrainedConfig):
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in Transformers, which drops what it cannot place: here another model's word for the loop count, and a
-        misspelt field where no model is there to refuse it, are errors."""
+        misspelt field where no model is there to refuse it, are errors.
+        """
         refuse_foreign_loop_names(kwargs, "from_pretrained")
         if not kwargs.get("return_unused_kwargs"):
             for key in kwargs:
@@ -430,13 +432,13 @@ class LoopedConfig(PreTrainedConfig):
             raise ValueError(f"initializer_range={self.initializer_range} must be a finite number of at least 0.")
 
     def validate_rope(self) -> None:
-        """Refuse what Transformers only warns about, or takes for a model with other rotary embeddings per layer type."""
+        """Refuse what Transformers only warns about, or takes for a model with its own RoPE per layer type."""
         allowed = ("default", *ROPE_INIT_FUNCTIONS)
         rope_type = self.rope_parameters.get("rope_type")
         if rope_type not in allowed:
             raise ValueError(
-                f"rope_parameters={self.rope_parameters!r}: rope_type must be one of: {', '.join(allowed)} (one set of "
-                "parameters for all layers)."
+                f"rope_parameters={self.rope_parameters!r}: rope_type must be one of: {', '.join(allowed)} (one "
+                "set of parameters for all layers)."
             )
         super().validate_rope()
 
@@ -529,8 +531,9 @@ class LoopedConfig(PreTrainedConfig):
             logger.warning_once(f"{key}={kwargs[key]!r} is not a field of LoopedConfig; nothing reads it.{hint}")
 
     def _warn_if_contradicted(self, given_depth: int | None, given_types: list[str] | None) -> None:
-        """`num_hidden_layers` and `layer_types` are results. A file whose `num_loops` was edited by hand is in order; a
-        user who tried to set the depth this way must hear that it has no effect."""
+        """`num_hidden_layers` and `layer_types` are results. A file whose `num_loops` was edited by hand is in order;
+        a user who tried to set the depth this way must hear that it has no effect.
+        """
         for name, given in (("num_hidden_layers", given_depth), ("layer_types", given_types)):
             derived = getattr(self, name)
             if given is not None and given != derived:

@@ -15,8 +15,9 @@ from .slots import checked_num_loops
 class LoopedGenerationMixin(GenerationMixin):
     """`GenerationMixin` that knows one more generation parameter, `num_loops`.
 
-    Precedence: `generate(num_loops=k)`, then a `GenerationConfig(num_loops=k)` given to `generate`, then the model's own
-    generation config, then `config.num_loops`. Whichever wins sizes the cache and goes to every forward of the call.
+    Precedence: `generate(num_loops=k)`, then a `GenerationConfig(num_loops=k)` given to `generate`, then the model's
+    own generation config, then `config.num_loops`. Whichever wins sizes the cache and goes to every forward of the
+    call.
     """
 
     config: LoopedConfig
@@ -92,7 +93,7 @@ class LoopedGenerationMixin(GenerationMixin):
         return super().generate_batch(inputs, generation_config, *args, **kwargs)
 
     def init_continuous_batching(self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any):
-        """As in Transformers; a `num_loops` in the generation config sizes the paged cache and is used by every step."""
+        """As in Transformers; a `num_loops` in the generation config sizes the paged cache and goes to every step."""
         num_loops = getattr(generation_config, "num_loops", None)
         if num_loops is None:
             num_loops = getattr(self.generation_config, "num_loops", None)

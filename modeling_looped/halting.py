@@ -1,9 +1,10 @@
 """Halting: which loop's state each token is read from.
 
-B batch, S tokens, D hidden size, T loops. A halting rule gives the state after every loop a weight per token; the weights
-of a token sum to one over the loops, and the output is the weighted sum of its states. The recurrence itself is untouched:
-every loop runs for every token, so no key-value slot is ever missing, and a token's result does not depend on when its
-neighbours halt. Gate and sums are computed in fp32, since bf16 loses the product of many survival probabilities.
+B batch, S tokens, D hidden size, T loops. A halting rule gives the state after every loop a weight per token; the
+weights of a token sum to one over the loops, and the output is the weighted sum of its states. The recurrence itself
+is untouched: every loop runs for every token, so no key-value slot is ever missing, and a token's result does not
+depend on when its neighbours halt. Gate and sums are computed in fp32, since bf16 loses the product of many survival
+probabilities.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Readings(NamedTuple):
     exit_loops: Tensor = None  # pyright: ignore[reportAssignmentType] (the same)
 
     def add(self, state: Tensor, weight: Tensor, remaining: Tensor, halts: Tensor, loop_idx: int) -> Readings:
-        """Readings with `state` [B, S, D] added by `weight` [B, S]; the tokens in `halts` [B, S] halt, if they still run."""
+        """Readings with `weight` [B, S] of `state` [B, S, D] added; tokens in `halts` [B, S] halt, if they run."""
         return Readings(
             self.output + weight.unsqueeze(-1).to(state.dtype) * state,
             remaining,
@@ -93,7 +94,8 @@ class StateChangeHalting(Halting):
     @dataclasses.dataclass(frozen=True)
     class Params:
         """Attributes:
-        threshold: relative change at or below which a token halts; 0 reads the last loop unless the state stands still.
+        threshold: relative change at or below which a token halts; 0 reads the last loop unless the state stands
+            still.
         min_loops: loops that every token takes.
         """
 
@@ -121,10 +123,10 @@ class GateHalting(Halting):
     r"""A learned gate with a threshold on the distribution of exits (Ouro's Q-exit, arXiv 2510.25741).
 
     \lambda_t = sigmoid(w \cdot s_t + b) is the probability of stopping at loop t once there, so that
-    p_t = \lambda_t \prod_{j<t} (1 - \lambda_j), and the last loop takes the rest. A token is read from the first loop whose
-    cumulative probability reaches `threshold` (1: always the last). With `output="expected"` it is read from the mixture
-    \sum_t p_t s_t instead. The choice of one loop has no gradient; in training the probabilities' own passes straight
-    through it, so that the gate learns and the forward is the same as in evaluation.
+    p_t = \lambda_t \prod_{j<t} (1 - \lambda_j), and the last loop takes the rest. A token is read from the first loop
+    whose cumulative probability reaches `threshold` (1: always the last). With `output="expected"` it is read from the
+    mixture \sum_t p_t s_t instead. The choice of one loop has no gradient; in training the probabilities' own passes
+    straight through it, so that the gate learns and the forward is the same as in evaluation.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -154,7 +156,8 @@ class GateHalting(Halting):
 
     def forward(self, readings: Readings, previous: Tensor, state: Tensor, loop_idx: int, is_last: bool) -> Readings:
         stop = torch.sigmoid(F.linear(state.float(), self.weight.float(), self.bias.float()).squeeze(-1))
-        # The last loop takes the rest whatever the gate says: `0 * stop` keeps the gate in the graph of a one-loop run.
+        # The last loop takes the rest whatever the gate says: `0 * stop` keeps the gate in the graph of a one-loop
+        # run.
         probability = readings.remaining + 0.0 * stop if is_last else readings.remaining * stop
         remaining = readings.remaining - probability
         # At threshold 1 the rule is off: a gate that saturates must not make it exit all the same.
@@ -176,8 +179,9 @@ class GateHalting(Halting):
 class AdaptiveComputationTime(Halting):
     r"""Adaptive computation time (Graves, arXiv 1603.08983; per position as in the Universal Transformer, 1807.03819).
 
-    p_t = sigmoid(w \cdot s_{t-1} + b), from the state that enters the loop. A token gives p_t to each state until its sum
-    would pass `threshold`; that state gets the remainder 1 - \sum p and the token halts. The last loop takes what is left.
+    p_t = sigmoid(w \cdot s_{t-1} + b), from the state that enters the loop. A token gives p_t to each state until its
+    sum would pass `threshold`; that state gets the remainder 1 - \sum p and the token halts. The last loop takes what
+    is left.
     """
 
     @dataclasses.dataclass(frozen=True)

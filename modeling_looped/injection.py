@@ -112,8 +112,8 @@ class DiagonalInjection(Injection):
 
     @dataclasses.dataclass(frozen=True)
     class Params:
-        """Attributes:
-        initial_decay: diagonal of \\bar A at initialisation, in (0, 1); Parcae starts at sqrt(1/5).
+        r"""Attributes:
+        initial_decay: diagonal of \bar A at initialisation, in (0, 1); Parcae starts at sqrt(1/5).
         input_matrix: `euler` or `zoh`.
         """
 
@@ -139,8 +139,9 @@ class DiagonalInjection(Injection):
         init.copy_(self.B, torch.eye(self.context.hidden_size))
 
     def rate_and_step(self) -> tuple[Tensor, Tensor]:
-        r"""-A and \Delta, both [D], not negative and finite, in fp32 (bf16 would round a slow channel's decay to 1)."""
-        # exp overflows above 88, and the gradient of an infinite rate is NaN instead of the zero of a saturated channel.
+        r"""-A and \Delta, both [D], finite and not negative, in fp32: bf16 would round a slow channel's decay to 1."""
+        # exp overflows above 88, and the gradient of an infinite rate is NaN instead of the zero of a saturated
+        # channel.
         return self.A_log.float().clamp(max=88.0).exp(), F.softplus(self.dt_bias.float())
 
     def decay(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -152,8 +153,8 @@ class DiagonalInjection(Injection):
     def forward(self, prelude: Tensor) -> Callable[[Tensor], Tensor]:
         rate, gain = self.rate_and_step()
         if self.params.input_matrix == "zoh":
-            # (1 - decay) / rate, written as the step times a factor that is 1 in fp32 for all smaller exponents: the limit
-            # for rate -> 0 is the step, where the quotient itself would be 0 / 0.
+            # (1 - decay) / rate, written as the step times a factor that is 1 in fp32 for all smaller exponents: the
+            # limit for rate -> 0 is the step, where the quotient itself would be 0 / 0.
             exponent = (gain * rate).clamp_min(1e-7)
             gain = gain * (-torch.expm1(-exponent) / exponent)
         injected = F.linear(prelude, self.B) * gain.to(prelude.dtype)

@@ -74,8 +74,8 @@ class LoopedRotaryEmbedding(nn.Module):
         return 1.0 / parameters["rope_theta"] ** exponents, 1.0
 
     def _apply(self, fn: Callable, recurse: bool = True):
-        """As in torch, except that `model.bfloat16()` leaves the frequencies in fp32: rounded to eight bits, they would
-        be off by almost a radian at position 2000.
+        """As in torch, except that `model.bfloat16()` leaves the frequencies in fp32: rounded to eight bits, they
+        would be off by almost a radian at position 2000.
         """
         exact = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
@@ -103,7 +103,7 @@ def rope_parameters(config: LoopedConfig) -> dict[str, Any]:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first channels of `x` [B, H, S, K] by `cos` and signed `sin` [B, 1, S, R], R <= K; the others pass."""
+    """Rotate the first channels of `x` [B, H, S, K] by `cos` and signed `sin` [B, 1, S, R], R <= K."""
     rotated_channels = cos.shape[-1]
     if rotated_channels < x.shape[-1]:
         rotated, rest = x[..., :rotated_channels], x[..., rotated_channels:]
@@ -112,7 +112,7 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def eager_attention_forward(
-    module: "AttentionSlot",
+    module: AttentionSlot,
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -1,7 +1,7 @@
 """Loop adapter: what a shared layer may do differently in every loop, at low rank.
 
-R rank, T loops. A loop adapter is part of the model (its weights are in the checkpoint and it runs without PEFT). A PEFT
-adapter on a shared layer is another thing: one adapter that acts in every loop.
+R rank, T loops. A loop adapter is part of the model (its weights are in the checkpoint and it runs without PEFT). A
+PEFT adapter on a shared layer is another thing: one adapter that acts in every loop.
 """
 
 from __future__ import annotations

@@ -3,7 +3,6 @@
 B batch, S tokens, D hidden size, T loops, P, R, C layers of prelude, core and coda; N = P + R*T + C slots.
 """
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 from transformers.modeling_layers import (
     GenericForQuestionAnswering,
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, MaskedLMOutput
+from transformers.modeling_outputs import MaskedLMOutput
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
@@ -30,9 +28,11 @@ from .configuration_looped import LoopedConfig, refuse_foreign_loop_names
 from .generation import LoopedGenerationMixin
 from .halting import HALTINGS, Readings
 from .injection import INJECTIONS
+from .inputs import attention_masks, default_position_ids, refuse_cache_in_recompute, refuse_foreign_cache
 from .layers import LoopedAttention, LoopedDecoderLayer, LoopedRMSNorm, LoopedRotaryEmbedding
 from .loop_adapter import LOOP_ADAPTERS, LoopLoRA
 from .loop_update import LOOP_UPDATES
+from .outputs import LoopedCausalLMOutput, LoopedModelOutput
 from .peft_defaults import offer_peft_defaults
 from .readout import READOUTS
 from .registry import BuildContext, Strategy
@@ -41,41 +41,6 @@ from .state import STATE_INITS
 from .unrolling import unroll
 
 logger = logging.get_logger(__name__)
-
-MASK_FUNCTIONS = {
-    "full_attention": create_causal_mask,
-    "sliding_attention": create_sliding_window_causal_mask,
-}
-
-
-@dataclasses.dataclass
-class LoopedModelOutput(BaseModelOutputWithPast):
-    """Output of [`LoopedModel`].
-
-    Args:
-        loop_hidden_states (`tuple[torch.FloatTensor]`, *optional*, with `output_loop_hidden_states=True`):
-            the state before the first loop and after each one, T + 1 tensors of shape [B, S, D].
-        exit_loops (`torch.LongTensor` of shape [B, S], *optional*, if `config.halting` chooses):
-            number of loops after which each token halted.
-    """
-
-    loop_hidden_states: tuple[Tensor, ...] | None = None
-    exit_loops: Tensor | None = None
-
-
-@dataclasses.dataclass
-class LoopedCausalLMOutput(CausalLMOutputWithPast):
-    """Output of [`LoopedForCausalLM`].
-
-    Args:
-        loop_hidden_states (`tuple[torch.FloatTensor]`, *optional*, with `output_loop_hidden_states=True`):
-            the state before the first loop and after each one, T + 1 tensors of shape [B, S, D].
-        exit_loops (`torch.LongTensor` of shape [B, S], *optional*, if `config.halting` chooses):
-            number of loops after which each token halted.
-    """
-
-    loop_hidden_states: tuple[Tensor, ...] | None = None
-    exit_loops: Tensor | None = None
 
 
 @auto_docstring
@@ -122,8 +87,8 @@ class LoopedPreTrainedModel(PreTrainedModel):
         """As in Transformers, except that `use_reentrant=True` is refused.
 
         Raises:
-            ValueError: for `use_reentrant=True`: its hooks fire once per use of a parameter, and a looped layer's are used
-                several times, which DistributedDataParallel rejects in the middle of a step.
+            ValueError: for `use_reentrant=True`: its hooks fire once per use of a parameter, and a looped layer's are
+                used several times, which DistributedDataParallel rejects in the middle of a step.
         """
         given = activation_checkpointing_kwargs or {}
         if given.get("use_reentrant"):
@@ -236,9 +201,9 @@ class LoopedModel(LoopedPreTrainedModel):
         positions: Tensor | None = position_ids
         if positions is None:
             positions = default_position_ids(embeds, attention_mask, given_cache, kwargs.get("cu_seq_lens_q"))
-        # Only the caller's cache: the mask functions look for packed sequences where there is none, and one made above is
-        # still empty.
-        masks = self._attention_masks(embeds, attention_mask, positions, given_cache)
+        # Only the caller's cache: the mask functions look for packed sequences where there is none, and one made above
+        # is still empty.
+        masks = attention_masks(self.config, self.stored_types, embeds, attention_mask, positions, given_cache)
         cos, sin = self.rotary_emb(embeds, positions)
         run = partial(
             self._run_layers,
@@ -282,7 +247,8 @@ class LoopedModel(LoopedPreTrainedModel):
         keep_states: bool,
     ) -> tuple[Readings, tuple[Tensor, ...]]:
         """The recurrence. Returns what is read from it, and the states before the first loop and after each one (only
-        the last, unless `keep_states`)."""
+        the last, unless `keep_states`).
+        """
         if self.prelude_norm is not None:
             prelude = self.prelude_norm(prelude)
         inject = self.injection(prelude)
@@ -339,70 +305,10 @@ class LoopedModel(LoopedPreTrainedModel):
         trained = self.config.max_trained_loops
         if trained is not None and num_loops > trained and not torch.compiler.is_compiling():
             logger.warning_once(
-                f"num_loops={num_loops} is more than max_trained_loops={trained}, the most that this model was trained "
-                "with; it may get worse instead of better."
+                f"num_loops={num_loops} is more than max_trained_loops={trained}, the most that this model was "
+                "trained with; it may get worse instead of better."
             )
         return self.config.slot_layout(num_loops)
-
-    def _attention_masks(
-        self,
-        inputs_embeds: Tensor,
-        attention_mask: Tensor | dict[str, Any] | None,
-        position_ids: Tensor,
-        past_key_values: Cache | None,
-    ) -> dict[str, Any]:
-        """One mask per attention type in use; every slot of a type sees the same tokens, so all loops share it."""
-        if isinstance(attention_mask, dict):  # generate has made them already, for a compiled forward
-            return attention_mask
-        return {
-            attention_type: MASK_FUNCTIONS[attention_type](
-                config=self.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                past_key_values=past_key_values,
-                position_ids=position_ids,
-            )
-            for attention_type in dict.fromkeys(self.stored_types)
-        }
-
-
-def refuse_foreign_cache(cache: Cache, num_slots: int, layout: SlotLayout) -> None:
-    """Raise ValueError for a cache that was made for another loop count."""
-    held = len(cache.layers)
-    grows = getattr(cache, "layer_class_to_replicate", None) is not None
-    if held == num_slots or (grows and held == 0):
-        return
-    raise ValueError(
-        f"num_loops={layout.loops} needs a cache of {num_slots} slots (one per loop and layer) and this one has {held}: "
-        "a cache belongs to one loop count. Start a new cache, or pass the num_loops it was made with."
-    )
-
-
-def refuse_cache_in_recompute() -> None:
-    """Raise ValueError: recomputing a layer would write its keys twice, and dropping the cache, as `generate` would not
-    notice, gives other tokens."""
-    raise ValueError(
-        "past_key_values cannot be used while gradient checkpointing recomputes layers. To generate, switch to "
-        "model.eval(), or pass use_cache=False; in training, leave the cache out."
-    )
-
-
-def default_position_ids(
-    inputs_embeds: Tensor, attention_mask: Any, past_key_values: Cache | None, cu_seq_lens: Tensor | None = None
-) -> Tensor:
-    """Positions [B or 1, S] where the caller gave none: counted within each of the packed sequences that begin at
-    `cu_seq_lens`; over the tokens that a 2-D mask lets through, so that a padded row sees the positions it would see
-    alone; otherwise counted on from the cache."""
-    length = inputs_embeds.shape[1]
-    if cu_seq_lens is not None:
-        index = torch.arange(length, device=cu_seq_lens.device, dtype=cu_seq_lens.dtype)
-        begin = cu_seq_lens[torch.searchsorted(cu_seq_lens, index, right=True) - 1]
-        return (index - begin).unsqueeze(0).to(inputs_embeds.device)
-    fixed_size = past_key_values is not None and past_key_values.is_compileable
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and not fixed_size:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-    return (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
 
 
 class LoopedHeadMixin:
@@ -430,8 +336,8 @@ class LoopedForCausalLM(LoopedHeadMixin, LoopedPreTrainedModel, LoopedGeneration
         super().__init__(config)
         if not config.is_causal:
             raise ValueError(
-                "is_causal=False: LoopedForCausalLM predicts the next token and needs is_causal=True; for a bidirectional "
-                "model use LoopedForMaskedLM or a classification head."
+                "is_causal=False: LoopedForCausalLM predicts the next token and needs is_causal=True; for a "
+                "bidirectional model use LoopedForMaskedLM or a classification head."
             )
         self.model = LoopedModel(config)
         self.vocab_size = config.vocab_size
@@ -473,7 +379,8 @@ class LoopedForCausalLM(LoopedHeadMixin, LoopedPreTrainedModel, LoopedGeneration
         >>> tokenizer = AutoTokenizer.from_pretrained("path/to/looped")
         >>> inputs = tokenizer("The capital of France is", return_tensors="pt")
         >>> tokens = model.generate(**inputs, max_new_tokens=8, num_loops=2)
-        ```"""
+        ```
+        """
         outputs: LoopedModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -569,10 +476,10 @@ class LoopedForMaskedLM(LoopedHeadMixin, LoopedPreTrainedModel):
         )
 
 
-# Transformers' generic heads ask `AutoModel` for their base model, which cannot know our class where a folder's code is
-# loaded with `trust_remote_code` and the package is not installed; hence constructors of our own. Their losses ignore
-# `num_items_in_batch`, which their forward only seems to take (`**kwargs`): `accepts_loss_kwargs=False` tells the Trainer,
-# which would otherwise add the losses of accumulated steps up instead of averaging them.
+# Transformers' generic heads ask `AutoModel` for their base model, which cannot know our class where a folder's code
+# is loaded with `trust_remote_code` and the package is not installed; hence constructors of our own. Their losses
+# ignore `num_items_in_batch`, which their forward only seems to take (`**kwargs`): `accepts_loss_kwargs=False` tells
+# the Trainer, which would otherwise add the losses of accumulated steps up instead of averaging them.
 
 
 @auto_docstring

@@ -1,7 +1,8 @@
 """Strategies as data in the config and objects in the model.
 
-A strategy is one choice of the architecture (how the prelude enters a loop, how a loop's result becomes the next state,
-...). In `config.json` it is a mapping with a `type` and that type's parameters, the way `rope_parameters` does it:
+A strategy is one choice of the architecture (how the prelude enters a loop, how a loop's result becomes the next
+state, ...). In `config.json` it is a mapping with a `type` and that type's parameters, the way `rope_parameters` does
+it:
 `{"type": "diagonal", "initial_decay": 0.447}`. In the model it is a small module. A `Registry` joins the two: it
 checks and completes the mapping when the config is made, and builds the module when the model is.
 """
@@ -58,7 +59,7 @@ class Strategy(nn.Module, ABC):
         self.context = context
 
     def init_weights(self) -> None:
-        """Initialise this module's own parameters, through `transformers.initialization` only (it respects loaded weights)."""
+        """Initialise this module's parameters, only through `transformers.initialization` (it keeps loaded ones)."""
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in dataclasses.asdict(self.params).items())
@@ -108,13 +109,15 @@ class Registry(Generic[StrategyT]):
             num_loops: fills `table_loops` where the spec leaves it open; `None` leaves it open too.
 
         Raises:
-            ValueError: for an unknown type, an unknown parameter or a bad value; names field, value and what is allowed.
+            ValueError: for an unknown type, an unknown parameter or a bad value; names field, value and what is
+                allowed.
         """
         if isinstance(spec, str):
             spec = {"type": spec}
         if not isinstance(spec, Mapping) or not isinstance(spec.get("type"), str):
             raise ValueError(
-                f'{self.field}={spec!r} must be a type name or a mapping {{"type": name, ...}}; known types: {self._known()}.'
+                f'{self.field}={spec!r} must be a type name or a mapping {{"type": name, ...}}; '
+                f"known types: {self._known()}."
             )
         given = {key: value for key, value in spec.items() if key != "type"}
         name = self._aliases.get(spec["type"], spec["type"])

@@ -1,8 +1,9 @@
 """Slots: the address of every attention invocation.
 
-A slot is one execution of one layer in one forward pass, and owns one key-value cache layer. Slots count in the order of
-execution: prelude `0 .. P-1`, core `P + t*R + i` for layer i of loop t, coda `P + T*R + j`. This file is the only place
-that knows the arithmetic; model, cache, converters and tests ask it.
+A slot is one execution of one layer in one forward pass, and owns one key-value cache layer. Slots count in the order
+of
+execution: prelude `0 .. P-1`, core `P + t*R + i` for layer i of loop t, coda `P + T*R + j`. This file is the only
+place that knows the arithmetic; model, cache, converters and tests ask it.
 """
 
 from __future__ import annotations

@@ -93,8 +93,8 @@ def truncated_normal(uniform: Tensor, *, cut: float = 3.0) -> Tensor:
 def keyed_uniform(seed: int, position_ids: Tensor, channels: int) -> Tensor:
     """Uniform numbers in (0, 1) that depend on (seed, position, channel) only.
 
-    A counter-based generator: the key goes through rounds of a 31-bit multiply-xorshift mixer (the constants are those of
-    Wellons' `lowbias32`, held to 31 bits so that int64 products cannot overflow on any backend). Position, seed and
+    A counter-based generator: the key goes through rounds of a 31-bit multiply-xorshift mixer (the constants are those
+    of Wellons' `lowbias32`, held to 31 bits so that int64 products cannot overflow on any backend). Position, seed and
     channel are mixed before they meet, so that no seed's numbers are another's, shifted.
 
     Args:
