@@ -15,10 +15,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-import modeling_looped  # registers the Auto classes
+from modeling_looped import LoopedForCausalLM, __version__
 from modeling_looped.conversion import ConversionError, find_teacher, retrofit_checkpoint
 
 PROMPT = "Why does the moon change its shape? Answer in two sentences."
@@ -33,9 +33,7 @@ def main() -> int:
     """Run the demo; returns its exit status."""
     start = time.perf_counter()
     options = parse()
-    say(
-        f"modeling_looped {modeling_looped.__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads\n"
-    )
+    say(f"modeling_looped {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
 
     say(f"1. Loop {options.teacher}\n")
     try:
@@ -79,7 +77,7 @@ def main() -> int:
     return 0
 
 
-def answer(model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, loops: int) -> list[int]:
+def answer(model: LoopedForCausalLM, tokenizer: PreTrainedTokenizerBase, loops: int) -> list[int]:
     """The tokens that the model answers PROMPT with, greedily."""
     prompt = PROMPT
     if tokenizer.chat_template:
@@ -87,6 +85,7 @@ def answer(model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, loops: in
         prompt = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
     # a chat template writes the special tokens itself
     inputs = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template, return_tensors="pt")
+    # pyright: ignore[reportAttributeAccessIssue] below: the protocol of `generate` asks for attributes that no model has
     tokens = model.generate(**inputs, num_loops=loops, max_new_tokens=NEW_TOKENS, do_sample=False)
     return tokens[0, inputs.input_ids.shape[1] :].tolist()
 
@@ -94,6 +93,8 @@ def answer(model: GenerationMixin, tokenizer: PreTrainedTokenizerBase, loops: in
 def answers_of_saved(folder: Path) -> dict[int, list[int]]:
     """Load what is in `folder` and answer with every loop count: runs in a process that has seen nothing else."""
     model = AutoModelForCausalLM.from_pretrained(folder)
+    if not isinstance(model, LoopedForCausalLM):
+        raise TypeError(f"AutoModelForCausalLM made a {type(model).__name__} of {folder}.")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return {loops: answer(model, tokenizer, loops) for loops in LOOPS}
 

@@ -100,6 +100,7 @@ FINAL_NORM_PLACEMENTS = ("end", "every_loop", "after_loops")
 QK_NORMS = ("none", "per_head", "flat")
 
 
+# trf-ignore: TRF057 (described in full by hand)
 @strict
 class LoopedConfig(PreTrainedConfig):
     r"""
@@ -142,7 +143,8 @@ class LoopedConfig(PreTrainedConfig):
         rms_norm_eps (`float`, defaults to 1e-5): epsilon of all norms.
         stored_layer_types (`list[str]`, *optional*): `full_attention` or `sliding_attention` per stored layer
             (prelude, core, coda). `None`: all sliding if `sliding_window` is set, else all full.
-        sliding_window (`int`, *optional*): window of the sliding layers, in tokens.
+        sliding_window (`int`, *optional*): window of the sliding layers, in tokens: a token sees itself and so many less
+            one before it; without `is_causal`, so many on either side.
         is_causal (`bool`, defaults to `True`): `False` gives the bidirectional encoder.
         max_position_embeddings (`int`, defaults to 2048), rope_parameters (`dict`, *optional*): rotary embeddings, of
             every type that Transformers knows.
@@ -331,8 +333,11 @@ class LoopedConfig(PreTrainedConfig):
         """Window of stored layer `layer` in tokens; `None`: it attends to everything."""
         return self.sliding_window if self.stored_layer_type(layer) == "sliding_attention" else None
 
+    # A class variable in Transformers, where it is the same for all configs of a class; read from instances only.
     @property
-    def base_model_tp_plan(self) -> dict[str, str]:
+    def base_model_tp_plan(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self,
+    ) -> dict[str, str]:
         """Tensor-parallel plan of the base model; it depends on the projections there are and what is beside them."""
         # A norm over all heads' channels and a low-rank adapter work on whole activations, so the projections around
         # them gather; the memory of the weights is still split.
@@ -383,9 +388,12 @@ class LoopedConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("max_trained_loops", "sliding_window", "backprop_loops"):
+        for name in ("max_trained_loops", "backprop_loops"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be None or at least 1.")
+        # Of a window of 1, Transformers' sliding cache would keep the last 0 tokens, which Python reads as all of them.
+        if self.sliding_window is not None and self.sliding_window < 2:
+            raise ValueError(f"sliding_window={self.sliding_window} must be None or at least 2.")
 
     def validate_attention(self) -> None:
         if self.num_attention_heads < 1:
@@ -434,7 +442,7 @@ class LoopedConfig(PreTrainedConfig):
     def validate_rope(self) -> None:
         """Refuse what Transformers only warns about, or takes for a model with its own RoPE per layer type."""
         allowed = ("default", *ROPE_INIT_FUNCTIONS)
-        rope_type = self.rope_parameters.get("rope_type")
+        rope_type = dict(self.rope_parameters or {}).get("rope_type")
         if rope_type not in allowed:
             raise ValueError(
                 f"rope_parameters={self.rope_parameters!r}: rope_type must be one of: {', '.join(allowed)} (one "

@@ -1,5 +1,9 @@
 """Text generation with a loop count that the caller chooses."""
 
+# Transformers declares the `self` of its generation methods as a protocol, which neither `super()` nor a mixin fulfils for
+# a type checker.
+# pyright: reportAttributeAccessIssue=false
+
 from __future__ import annotations
 
 import copy
@@ -39,7 +43,7 @@ class LoopedGenerationMixin(GenerationMixin):
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> None:
+    ) -> Any:
         num_loops = model_kwargs.get("num_loops")
         if num_loops is None or num_loops == self.config.num_loops:
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)

@@ -37,6 +37,7 @@ class Injection(Strategy):
 
         Returns:
             the map from a state to the core's input, both [B, S, D]. What is the same in every loop has been computed.
+            Where a model is spread over devices, the state may come from another one than the prelude.
         """
 
 
@@ -57,7 +58,7 @@ class AddInjection(Injection):
     """x = s + e. The linear part has spectral radius 1: marginally stable."""
 
     def forward(self, prelude: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda state: state + prelude
+        return lambda state: state.to(prelude.device) + prelude
 
 
 @INJECTIONS.register("concat", "linear")
@@ -93,7 +94,7 @@ class ConcatInjection(Injection):
     def forward(self, prelude: Tensor) -> Callable[[Tensor], Tensor]:
         for_state, for_prelude = self.weight.chunk(2, dim=1)
         injected = F.linear(prelude, for_prelude)
-        return lambda state: F.linear(state, for_state) + injected
+        return lambda state: F.linear(state.to(injected.device), for_state) + injected
 
 
 @INJECTIONS.register("diagonal")
@@ -159,4 +160,4 @@ class DiagonalInjection(Injection):
             gain = gain * (-torch.expm1(-exponent) / exponent)
         injected = F.linear(prelude, self.B) * gain.to(prelude.dtype)
         decay = self.decay(prelude.dtype)
-        return lambda state: torch.addcmul(injected, state, decay)
+        return lambda state: torch.addcmul(injected, state.to(injected.device), decay)

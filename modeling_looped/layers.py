@@ -92,7 +92,8 @@ class LoopedRotaryEmbedding(nn.Module):
 
         The sines of the first half are negated, which is all that `rotate_half` adds to swapping the halves.
         """
-        angles = position_ids[..., None].float() * self.inv_freq.to(device=x.device, dtype=torch.float)
+        positions = position_ids[..., None].to(device=x.device, dtype=torch.float)
+        angles = positions * self.inv_freq.to(device=x.device, dtype=torch.float)
         cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
         return torch.cat((cos, cos), dim=-1).to(x.dtype), torch.cat((-sin, sin), dim=-1).to(x.dtype)
 

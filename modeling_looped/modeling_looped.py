@@ -83,7 +83,7 @@ class LoopedPreTrainedModel(PreTrainedModel):
                 if isinstance(module, LoopedDecoderLayer) and self.config.is_core_layer(module.layer):
                     module.gradient_checkpointing = False  # the loop around it is recomputed as a whole
 
-    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs: Any):
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs=None, *args: Any, **kwargs: Any):
         """As in Transformers, except that `use_reentrant=True` is refused.
 
         Raises:
@@ -98,7 +98,7 @@ class LoopedPreTrainedModel(PreTrainedModel):
                 'gradient_checkpointing_kwargs={"use_reentrant": False}, or leave it out.'
             )
         # torch reads a missing `use_reentrant` as True, so other options must not leave it out
-        super().activation_checkpointing_enable({**given, "use_reentrant": False}, **kwargs)
+        super().activation_checkpointing_enable({**given, "use_reentrant": False}, *args, **kwargs)
 
     def compile_blocks(self, **kwargs: Any) -> None:
         """Compile the two halves of every layer (up to attention, and after it), the documented way to use
@@ -214,7 +214,7 @@ class LoopedModel(LoopedPreTrainedModel):
             position_ids=positions,
             past_key_values=past_key_values,
             use_cache=use_cache,
-            **kwargs,
+            **kwargs,  # pyright: ignore[reportCallIssue] (the same list)
         )
 
         prelude, core, coda = layout.stored_ranges()

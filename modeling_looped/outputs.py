@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 
+# trf-ignore: TRF057 (described in full by hand)
 @dataclasses.dataclass
 class LoopedModelOutput(BaseModelOutputWithPast):
     """Output of [`LoopedModel`].
@@ -24,6 +25,7 @@ class LoopedModelOutput(BaseModelOutputWithPast):
     exit_loops: Tensor | None = None
 
 
+# trf-ignore: TRF057 (described in full by hand)
 @dataclasses.dataclass
 class LoopedCausalLMOutput(CausalLMOutputWithPast):
     """Output of [`LoopedForCausalLM`].

@@ -134,9 +134,8 @@ class Registry(Generic[StrategyT]):
                 )
         if "table_loops" in fields and given.get("table_loops") is None and num_loops is not None:
             given["table_loops"] = num_loops
-        kinds = typing.get_type_hints(self._types[name].Params)
         try:
-            params = self._types[name].Params(**{key: of_kind(key, given[key], kinds[key]) for key in given})
+            params = self._params(name, given)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self.field}: type {name!r}: {error}") from error
         # Through plain lists, so that a spec read back from JSON equals the one that was written.
@@ -145,8 +144,14 @@ class Registry(Generic[StrategyT]):
 
     def build(self, spec: Mapping[str, Any], context: BuildContext) -> StrategyT:
         """Build the module of a spec that `normalise` has completed."""
-        cls = self._types[spec["type"]]
-        return cls(cls.Params(**{key: value for key, value in spec.items() if key != "type"}), context)
+        given = {key: value for key, value in spec.items() if key != "type"}
+        return self._types[spec["type"]](self._params(spec["type"], given), context)
+
+    def _params(self, name: str, given: Mapping[str, Any]) -> Any:
+        """The parameters of type `name`, as their annotations have them."""
+        params = self._types[name].Params
+        kinds = typing.get_type_hints(params)
+        return params(**{key: of_kind(key, value, kinds[key]) for key, value in given.items()})
 
     def _known(self) -> str:
         return ", ".join(sorted(self._types))

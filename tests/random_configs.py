@@ -24,6 +24,8 @@ modest = settings(
     phases=(Phase.explicit, Phase.generate, Phase.shrink),
     suppress_health_check=(HealthCheck.too_slow,),  # other processes may be using the machine
 )
+#: For what takes a tenth of a second or more.
+few = settings(modest, max_examples=10)
 
 MODERATE_LOOPS = st.integers(1, 4)
 

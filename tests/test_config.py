@@ -30,8 +30,9 @@ REFUSED = {
     },
     **{
         name: ({name: 0}, [f"{name}=0", "None or at least 1"])
-        for name in ("max_trained_loops", "sliding_window", "backprop_loops")
+        for name in ("max_trained_loops", "backprop_loops")
     },
+    "window_of_one": ({"sliding_window": 1}, ["sliding_window=1", "None or at least 2"]),
     "no_key_value_heads": ({"num_key_value_heads": 0}, ["num_key_value_heads=0", "at least 1"]),
     "odd_groups": ({"num_attention_heads": 3}, ["num_attention_heads=3", "multiple of num_key_value_heads=2"]),
     "odd_head_dim": ({"head_dim": 7}, ["head_dim=7", "even number"]),

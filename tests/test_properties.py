@@ -8,7 +8,7 @@ import torch
 from helpers import random_tokens, randomise
 from hypothesis import given
 from hypothesis import strategies as st
-from random_configs import configs, in_place_configs, modest, random_model
+from random_configs import configs, few, in_place_configs, modest, random_model
 from reference import reference_logits
 from torch import Tensor
 
@@ -156,7 +156,7 @@ def test_evaluation_repeats_bit_by_bit(config, num_loops):
     assert torch.equal(model(tokens, num_loops=num_loops).logits, first)
 
 
-@modest
+@few
 @given(configs())
 def test_saved_and_loaded_a_model_is_bit_equal(config):
     model, tokens = random_model(config), random_tokens(2, 5)
@@ -181,7 +181,7 @@ def test_the_json_round_trip_is_exact(config):
     assert back.to_dict() | {"_name_or_path": expected["_name_or_path"]} == expected
 
 
-@modest
+@few
 @given(configs(), st.integers(1, 6))
 def test_writing_the_loop_count_equals_passing_it(config, num_loops):
     model, tokens = random_model(config), random_tokens(1, 5)
@@ -205,7 +205,7 @@ def test_one_loop_in_place_is_bit_exactly_the_stacked_model(config):
     assert torch.equal(stack(tokens).logits, model(tokens).logits)
 
 
-@modest
+@few
 @given(configs())
 def test_generation_with_a_cache_equals_generation_without(config):
     model, tokens = random_model(config), random_tokens(2, 4)

@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import json
-import platform
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from modeling_looped.configuration_looped import LoopedConfig
-from modeling_looped.families import family_of
 from modeling_looped.modeling_looped import LoopedForCausalLM
-from modeling_looped.slots import SlotLayout
-from modeling_looped.state_map import Drop, New, Rename
-from modeling_looped.version import __version__
 
+from .manifest import manifest_json, retrofit_manifest
 from .output_folder import MANIFEST, check_output, staged
 from .retrofit import retrofit, retrofit_config
 from .special_tokens import align_special_tokens
@@ -31,13 +22,11 @@ from .verification import (
     HELD_OUT_TEXT,
     TOLERANCE,
     compare_at_one_loop,
+    in_full_precision,
     loss_by_loops,
-    mean_loss,
     refuse_difference,
     text_windows,
 )
-
-PACKAGES = ("gguf", "huggingface_hub", "safetensors", "tokenizers", "torch", "transformers")
 
 
 class Retrofitted(NamedTuple):
@@ -122,7 +111,8 @@ def retrofit_checkpoint(
     looped = retrofit(source, prelude, core, coda, loops)
 
     step(f"comparing with the teacher at num_loops=1, on {sum(map(torch.numel, windows))} tokens of {text.name}")
-    comparison = compare_at_one_loop(source, looped, windows)
+    exact_source, exact = in_full_precision(source), in_full_precision(looped)
+    comparison = compare_at_one_loop(exact_source, exact, windows)
     report(
         f"   largest difference of two logits {comparison.max_difference:.2e} (logits reach "
         f"{comparison.max_logit:.1f}; tolerance {tolerance:.0e})"
@@ -130,42 +120,29 @@ def retrofit_checkpoint(
     refuse_difference(comparison, tolerance)
 
     step("measuring the loss on the same text")
-    counts = sorted({1, 2, 4, loops})
-    teacher_loss = mean_loss(source, windows)
-    losses = loss_by_loops(looped, windows, counts)
-    for line in loss_table(teacher_loss, losses, looped.config):
+    losses = {1: comparison.loss} | loss_by_loops(exact, windows, sorted({2, 4, loops} - {1}))
+    del exact_source, exact
+    for line in loss_table(comparison.teacher_loss, losses, looped.config):
         report(f"   {line}")
 
     step(f"saving to {output}")
     manifest = {
-        "made_by": f"modeling_looped {__version__}: retrofit",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": command,
         "source": teacher.provenance(),
-        "source_model": describe(source),
-        "settings": {"prelude": prelude, "core": core, "coda": coda, "loops": loops, "dtype": dtype},
-        "trained_loops": 1,
-        "layers": layer_map(looped.config.slot_layout()),
-        "weights": weight_map(source),
+        **retrofit_manifest(source, looped),
+        "settings": {"dtype": dtype, "device": device},
         "special_tokens": repairs,
         "checks": {
-            "equals_the_teacher_at_num_loops_1": {
-                "max_logit_difference": comparison.max_difference,
-                "tolerance": tolerance,
-                "max_logit": comparison.max_logit,
-                "max_hidden_state_difference_by_layer": comparison.hidden_states,
-                "tokens": comparison.tokens,
-            },
-            "loss_nats_per_token": {"teacher": teacher_loss, **{f"num_loops={k}": v for k, v in losses.items()}},
+            "equals_teacher_at_num_loops_1": {"tolerance": tolerance, **comparison._asdict()},
+            "loss_by_num_loops": losses,
             "text": {"file": text.name, "sha256": sha256(text)},
         },
-        "versions": versions(),
     }
     with staged(output) as folder:
         looped.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         manifest["sha256"] = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
-        (folder / MANIFEST).write_text(to_json(manifest), encoding="utf-8")
+        (folder / MANIFEST).write_text(manifest_json(manifest), encoding="utf-8")
     step("done")
     return Retrofitted(looped, tokenizer, manifest)
 
@@ -200,57 +177,6 @@ def loss_table(teacher_loss: float, losses: dict[int, float], config: LoopedConf
         for loops, loss in losses.items()
     ]
     return ["".join(f"{cell!s:>12}" for cell in row) for row in rows]
-
-
-def layer_map(layout: SlotLayout) -> list[dict[str, Any]]:
-    """For each layer of the teacher (stored under the same number): its part, and the slots in which it runs."""
-    slots: list[list[int]] = [[] for _ in range(layout.stored_layers)]
-    for slot in range(layout.num_slots):
-        slots[layout.layer_and_loop(slot)[0]].append(slot)
-    parts = zip(("prelude", "core", "coda"), layout.stored_ranges(), strict=True)
-    return [
-        {"teacher_layer": layer, "part": part, "slots": slots[layer]} for part, layers in parts for layer in layers
-    ]
-
-
-def weight_map(source: PreTrainedModel) -> dict[str, Any]:
-    """What became of the teacher's weights: the rules of its family that are not plain copies."""
-    rules = family_of(source.config).state_map(tied=source.config.tie_word_embeddings).rules
-    return {
-        "renamed": {
-            rule.source: rule.target for rule in rules if isinstance(rule, Rename) and rule.source != rule.target
-        },
-        "dropped": {rule.source: rule.because for rule in rules if isinstance(rule, Drop)},
-        "new": {rule.target: rule.because for rule in rules if isinstance(rule, New)},
-        "all others": "copied under the same name",
-    }
-
-
-def to_json(manifest: dict[str, Any]) -> str:
-    """Indented JSON with lists of numbers on one line each."""
-    text = json.dumps(manifest, indent=2)
-    return re.sub(r"\[\s+([^\[\]{}\"]+?)\s+\]", lambda numbers: f"[{' '.join(numbers[1].split())}]", text) + "\n"
-
-
-def describe(model: PreTrainedModel) -> dict[str, Any]:
-    """What a model is, in numbers."""
-    return {
-        "model_type": model.config.model_type,
-        "layers": model.config.num_hidden_layers,
-        "parameters": model.num_parameters(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of what took part."""
-    found = {"python": platform.python_version(), "modeling_looped": __version__}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
 
 
 __all__ = ["Retrofitted", "retrofit_checkpoint"]

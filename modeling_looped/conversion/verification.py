@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,19 +31,22 @@ class ConversionError(RuntimeError):
 
 
 class Comparison(NamedTuple):
-    """Two models on the same tokens.
+    """A teacher and a looped model on the same tokens.
 
     Attributes:
         max_difference: largest absolute difference of two logits.
         max_logit: largest absolute logit of the teacher, the scale to read it against.
         hidden_states: largest absolute difference of the input of each layer in turn, and of the last one's output.
         tokens: number of tokens compared.
+        teacher_loss, loss: of the two models, in nats per predicted token.
     """
 
     max_difference: float
     max_logit: float
     hidden_states: list[float]
     tokens: int
+    teacher_loss: float
+    loss: float
 
     @property
     def diverges_at(self) -> int:
@@ -65,24 +68,32 @@ def text_windows(tokenizer: PreTrainedTokenizerBase, text: str, *, length: int =
 
 
 @torch.no_grad()
-def compare_at_one_loop(teacher: PreTrainedModel, looped: PreTrainedModel, windows: Iterable[Tensor]) -> Comparison:
-    """How far `looped` is from `teacher` at `num_loops=1`, in float32 arithmetic at least.
+def compare_at_one_loop(teacher: PreTrainedModel, looped: PreTrainedModel, windows: Sequence[Tensor]) -> Comparison:
+    """How far `looped` is from `teacher` at `num_loops=1`.
 
-    16-bit models are compared as float32 copies: in bfloat16 the order of operations alone moves a logit by more
+    Give it models in float32 (`in_full_precision`): in bfloat16 the order of operations alone moves a logit by more
     than a wrong weight would.
     """
-    teacher, looped = in_full_precision(teacher), in_full_precision(looped)
-    differences, scales, layers, tokens = [], [], [], 0
+    differences, scales, hidden_states = [], [], []
+    teacher_loss = loss = 0.0
     for window in windows:
-        window = window.to(teacher.device)
-        theirs = teacher(window, output_hidden_states=True, use_cache=False)
-        ours = looped(window, num_loops=1, output_hidden_states=True, use_cache=False)
+        tokens = window.to(teacher.device)
+        theirs = teacher(tokens, output_hidden_states=True, use_cache=False)
+        ours = looped(tokens, num_loops=1, output_hidden_states=True, use_cache=False)
         differences.append(max_difference(theirs.logits, ours.logits))
         scales.append(theirs.logits.abs().max().item())
-        pairs = zip(theirs.hidden_states, ours.hidden_states, strict=True)
-        layers.append([max_difference(before, after) for before, after in pairs])
-        tokens += window.numel()
-    return Comparison(max(differences), max(scales), [max(states) for states in zip(*layers, strict=True)], tokens)
+        hidden_states.append(list(map(max_difference, theirs.hidden_states, ours.hidden_states)))
+        teacher_loss += total_loss(theirs.logits, window)
+        loss += total_loss(ours.logits, window)
+    predicted = sum(window.numel() - 1 for window in windows)
+    return Comparison(
+        max_difference=max(differences),
+        max_logit=max(scales),
+        hidden_states=[max(states) for states in zip(*hidden_states, strict=True)],
+        tokens=sum(window.numel() for window in windows),
+        teacher_loss=teacher_loss / predicted,
+        loss=loss / predicted,
+    )
 
 
 def refuse_difference(comparison: Comparison, tolerance: float) -> None:
@@ -99,21 +110,20 @@ def refuse_difference(comparison: Comparison, tolerance: float) -> None:
 
 
 @torch.no_grad()
-def loss_by_loops(model: PreTrainedModel, windows: Iterable[Tensor], loops: Iterable[int]) -> dict[int, float]:
-    """Loss in nats per predicted token over `windows` at each loop count."""
-    return {count: mean_loss(model, windows, num_loops=count) for count in loops}
+def loss_by_loops(model: PreTrainedModel, windows: Sequence[Tensor], loops: Iterable[int]) -> dict[int, float]:
+    """Loss in nats per predicted token over `windows` [1, S], at each loop count."""
+    predicted = sum(window.numel() - 1 for window in windows)
+    losses = {}
+    for num_loops in loops:
+        logits = (model(window.to(model.device), num_loops=num_loops, use_cache=False).logits for window in windows)
+        losses[num_loops] = sum(map(total_loss, logits, windows)) / predicted
+    return losses
 
 
-@torch.no_grad()
-def mean_loss(model: PreTrainedModel, windows: Iterable[Tensor], **kwargs: int) -> float:
-    """Loss in nats per predicted token over `windows`; `kwargs` go to the model's forward."""
-    total, predicted = 0.0, 0
-    for window in windows:
-        window = window.to(model.device)
-        logits = model(window, use_cache=False, **kwargs).logits[0, :-1]
-        total += F.cross_entropy(logits.float(), window[0, 1:], reduction="sum").item()
-        predicted += window.numel() - 1
-    return total / predicted
+def total_loss(logits: Tensor, window: Tensor) -> float:
+    """Summed loss in nats of `logits` [1, S, vocabulary] on the tokens [1, S], each predicted from those before it."""
+    targets = window[0, 1:].to(logits.device)
+    return F.cross_entropy(logits[0, :-1].float(), targets, reduction="sum").item()
 
 
 def in_full_precision(model: PreTrainedModel) -> PreTrainedModel:
@@ -133,8 +143,8 @@ __all__ = [
     "Comparison",
     "ConversionError",
     "compare_at_one_loop",
+    "in_full_precision",
     "loss_by_loops",
-    "mean_loss",
     "refuse_difference",
     "text_windows",
 ]

@@ -1,10 +1,11 @@
 """Worker: gradients of two processes against those of one. `python -m torch.distributed.run … gradients.py FOLDER`.
 
-Writes `FOLDER/gradients.json`, case -> what was measured. Every case takes steps with a loop count that is either fixed or
-drawn from a generator keyed by (seed, step), the same on both ranks, and compares each gradient with that of one process
-that saw both ranks' tokens.
+Writes `FOLDER/gradients.json`, case -> what was measured. Every case takes steps with a loop count that is either fixed
+or drawn from a generator keyed by (seed, step), the same on both ranks, and compares each gradient with that of one
+process that saw both ranks' tokens. The cases `transformers` also save the whole model, to `FOLDER/<variant>`.
 """
 
+import contextlib
 import copy
 import itertools
 import json
@@ -18,6 +19,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
 
 SEED = 1234
 STEPS = {"fixed": 1, "random": 3}
@@ -26,18 +29,21 @@ STEPS = {"fixed": 1, "random": 3}
 VARIANTS = {
     "lora": {"loop_adapter": {"type": "lora", "rank": 3}},
     "gated": {"loop_update": {"type": "gated", "free_loops": 1}, "loop_conditioning": "embedding"},
-    "norms": {"loop_conditioning": "norms", "final_norm": "every_loop", "tie_word_embeddings": True},
+    "norms": {"loop_conditioning": "norms", "final_norm": "every_loop"},
+    "tied": {"final_norm": "after_loops", "tie_word_embeddings": True},
     "halting": {"halting": "gate", "readout": "linear"},
     "truncated": {"backprop_loops": 1},
 }
 
-#: (strategy, checkpointing, loops, variant). FSDP frees a layer's gathered weights after each use; `fsdp_kept` keeps them
-#: until the layer's first backward, and `fsdp_resident` keeps the core's until the end of the step.
+#: (strategy, checkpointing, loops, variant). `fsdp` frees a layer's gathered weights after each use, `fsdp_kept` keeps
+#: them until the layer's first backward, `fsdp_resident` until the end of the step, and `transformers` is FSDP as
+#: `from_pretrained` sets it up.
 CASES = [
     *itertools.product(("ddp", "fsdp", "fsdp_kept"), ("none", "layer", "loop"), ("fixed", "random"), ("plain",)),
     *itertools.product(("fsdp_resident",), ("none", "loop"), ("random",), ("plain",)),
     *itertools.product(("ddp",), ("none",), ("random",), VARIANTS),
     *itertools.product(("fsdp",), ("loop",), ("random",), VARIANTS),
+    *itertools.product(("transformers",), ("layer", "loop"), ("random",), ("plain", "norms", "tied")),
 ]
 
 
@@ -64,7 +70,12 @@ class BytesMoved(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def parallel(model: torch.nn.Module, strategy: str) -> torch.nn.Module:
+def parallel(model: torch.nn.Module, strategy: str, folder: Path) -> torch.nn.Module:
+    if strategy == "transformers":
+        if dist.get_rank() == 0:
+            model.save_pretrained(folder)
+        dist.barrier()
+        return AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2))
     if strategy == "ddp":
         return DistributedDataParallel(model, find_unused_parameters=False)
     for layer in model.model.layers:
@@ -81,29 +92,30 @@ def gradients(model: torch.nn.Module, tokens: torch.Tensor, num_loops: int | Non
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def run_case(strategy: str, checkpointing: str, loops: str, variant: str) -> dict:
+def run_case(folder: Path, strategy: str, checkpointing: str, loops: str, variant: str) -> dict:
     torch.manual_seed(0)
     granularity = "layer" if checkpointing == "none" else checkpointing
     single = tiny_model(checkpoint_granularity=granularity, **VARIANTS.get(variant, {})).train()
-    model = copy.deepcopy(single)
+    model = parallel(copy.deepcopy(single), strategy, folder / "start" / variant).train()
     if checkpointing != "none":
-        model.activation_checkpointing_enable()
-    model = parallel(model, strategy)
-    counts, errors, missing, moved, alone = [], [], [], [], []
+        getattr(model, "module", model).activation_checkpointing_enable()
+    counts, errors, missing, moved, alone = [], [], [], [], 0.0
     for step in range(STEPS[loops]):
         tokens = random_tokens(4, 9, seed=step)
         mine = tokens[2 * dist.get_rank() :][:2]
         num_loops = loops_of(step, loops)
         counts.append(single.config.num_loops if num_loops is None else num_loops)
-        with BytesMoved() as traffic:
+        traffic = BytesMoved()
+        with traffic if checkpointing == "none" else contextlib.nullcontext():
             model(mine, labels=mine, num_loops=num_loops).loss.backward()
         if strategy == "fsdp_resident":
             for layer in model.model.layers:
                 layer.reshard()
         moved.append((traffic.gathered, traffic.reduced))
-        halves = [gradients(single, half, num_loops) for half in (mine, tokens)]
-        alone.append(max(float((halves[0][name] - halves[1][name]).abs().max()) for name in halves[0]))
-        reference = halves[1]
+        reference = gradients(single, tokens, num_loops)
+        if step == 0:
+            unreduced = gradients(single, mine, num_loops)
+            alone = max(float((unreduced[name] - reference[name]).abs().max()) for name in reference)
         for name, parameter in model.named_parameters():
             name = name.removeprefix("module.")
             if parameter.grad is None:
@@ -112,11 +124,13 @@ def run_case(strategy: str, checkpointing: str, loops: str, variant: str) -> dic
             gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
             errors.append(float((gradient - reference[name]).abs().max()))
         model.zero_grad()
+    if strategy == "transformers":
+        model.save_pretrained(folder / variant)
     layer_bytes = sum(parameter.nbytes for parameter in single.model.layers.parameters())
     return {
         "loops": counts,
         "error": max(errors),
-        "error_without_reduction": min(alone),
+        "error_without_reduction": alone,
         "missing": missing,
         "moved": moved,
         "parameter_bytes": sum(parameter.nbytes for parameter in single.parameters()),
@@ -128,7 +142,7 @@ def run_case(strategy: str, checkpointing: str, loops: str, variant: str) -> dic
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    results = {"/".join(case): run_case(*case) for case in CASES}
+    results = {"/".join(case): run_case(folder, *case) for case in CASES}
     if dist.get_rank() == 0:
         (folder / "gradients.json").write_text(json.dumps(results))
     dist.destroy_process_group()

@@ -1,48 +1,70 @@
-"""Worker: the stock `Trainer` in two processes. `accelerate launch --config_file … trainer.py FOLDER [granularity]`.
+"""Worker: the stock `Trainer` in two processes. `python -m torch.distributed.run … trainer.py FOLDER`.
 
-Trains a tiny model for three steps with default arguments, saves it as the `Trainer` does, and writes what it trained to
-`FOLDER/trained.pt`, gathered.
+Starts from `FOLDER/start`, trains a few steps in every way of WAYS, and saves to `FOLDER/<way>` as the `Trainer` does.
+Writes `FOLDER/trainer.json`, way -> how the model was wrapped.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from helpers import tiny_model
-from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from training import run_arguments, sentence_dataset, tiny_tokenizer
-from transformers import DataCollatorForLanguageModeling, Trainer
+from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer
+from transformers.distributed import DistributedConfig
+
+import modeling_looped  # noqa: F401  (registers the Auto classes)
+
+#: way -> (how the model is loaded, granularity of checkpointing)
+WAYS = {
+    "ddp": ({}, None),
+    "ddp_loop": ({}, "loop"),
+    "fsdp": ({"distributed_config": DistributedConfig(fsdp_size=2)}, None),
+    "fsdp_loop": ({"distributed_config": DistributedConfig(fsdp_size=2)}, "loop"),
+}
+
+STEPS = 3
+BATCH = 2
+OPTIMISER = {"optim": "sgd", "learning_rate": 0.1}
 
 
-def main(folder: Path, granularity: str | None) -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    model = tiny_model(checkpoint_granularity=granularity or "layer").train()
+def run(way: str, folder: Path) -> dict:
+    loading, granularity = WAYS[way]
+    model = AutoModelForCausalLM.from_pretrained(folder / "start", **loading)
+    model.config.checkpoint_granularity = granularity or "layer"
     arguments = run_arguments(
-        folder / "run",
-        max_steps=3,
-        save_steps=3,
-        optim="sgd",
-        learning_rate=0.1,
+        folder / "runs" / way,
+        max_steps=STEPS,
+        per_device_train_batch_size=BATCH,
         activation_checkpointing=granularity is not None,
+        save_strategy="no",
+        ddp_find_unused_parameters=False,
+        **OPTIMISER,
     )
-    trainer = Trainer(
-        model,
-        arguments,
-        train_dataset=sentence_dataset(),
-        data_collator=DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False),
-    )
+    collator = DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False)
+    trainer = Trainer(model, arguments, train_dataset=sentence_dataset(), data_collator=collator)
     trainer.train()
-    trainer.save_model(str(folder / "saved"))
-    parameters = dict(trainer.accelerator.unwrap_model(trainer.model_wrapped).named_parameters())
-    whole = {name: p.full_tensor() if isinstance(p, DTensor) else p.detach() for name, p in parameters.items()}
-    if trainer.accelerator.is_main_process:
-        wrapper = type(trainer.model_wrapped).__name__
-        torch.save({"weights": whole, "wrapper": wrapper, "world": arguments.world_size}, folder / "trained.pt")
-    dist.barrier() if dist.is_initialized() else None
-    trainer.accelerator.end_training()
+    trainer.save_model(str(folder / way))
+    wrapped = trainer.model_wrapped
+    return {
+        "processes": arguments.world_size,
+        "is_ddp": isinstance(wrapped, DistributedDataParallel),
+        "sharded_modules": sum(type(module).__name__.startswith("FSDP") for module in wrapped.modules()),
+        "recomputes": model.is_activation_checkpointing,
+    }
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    run_arguments(folder / "runs")  # sets the process group up
+    results = {way: run(way, folder) for way in WAYS}
+    if dist.get_rank() == 0:
+        (folder / "trainer.json").write_text(json.dumps(results))
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else None)
+    main(Path(sys.argv[1]))
