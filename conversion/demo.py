@@ -61,9 +61,8 @@ def main() -> int:
         asked = time.perf_counter()
         answers[loops] = answer(model, tokenizer, loops)
         speed = len(answers[loops]) / (time.perf_counter() - asked)
-        say(
-            f"num_loops={loops} ({speed:.0f} tokens/s): {tokenizer.decode(answers[loops], skip_special_tokens=True)}\n"
-        )
+        text = tokenizer.decode(answers[loops], skip_special_tokens=True)
+        say(f"num_loops={loops} ({speed:.0f} tokens/s): {text}\n")
 
     say(f"3. Load {options.output} with AutoModelForCausalLM in a new process, and ask again")
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as new_process:
@@ -85,8 +84,8 @@ def answer(model: LoopedForCausalLM, tokenizer: PreTrainedTokenizerBase, loops: 
         prompt = str(tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
     # a chat template writes the special tokens itself
     inputs = tokenizer(prompt, add_special_tokens=not tokenizer.chat_template, return_tensors="pt")
-    # pyright: ignore[reportAttributeAccessIssue] below: the protocol of `generate` asks for attributes that no model has
-    tokens = model.generate(**inputs, num_loops=loops, max_new_tokens=NEW_TOKENS, do_sample=False)
+    settings = {"num_loops": loops, "max_new_tokens": NEW_TOKENS, "do_sample": False}
+    tokens = model.generate(**inputs, **settings)  # pyright: ignore[reportAttributeAccessIssue] (self is a protocol)
     return tokens[0, inputs.input_ids.shape[1] :].tolist()
 
 

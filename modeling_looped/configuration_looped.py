@@ -143,8 +143,8 @@ class LoopedConfig(PreTrainedConfig):
         rms_norm_eps (`float`, defaults to 1e-5): epsilon of all norms.
         stored_layer_types (`list[str]`, *optional*): `full_attention` or `sliding_attention` per stored layer
             (prelude, core, coda). `None`: all sliding if `sliding_window` is set, else all full.
-        sliding_window (`int`, *optional*): window of the sliding layers, in tokens: a token sees itself and so many less
-            one before it; without `is_causal`, so many on either side.
+        sliding_window (`int`, *optional*): window of the sliding layers in tokens, the token itself included, at least
+            2; without `is_causal`, so many tokens on either side.
         is_causal (`bool`, defaults to `True`): `False` gives the bidirectional encoder.
         max_position_embeddings (`int`, defaults to 2048), rope_parameters (`dict`, *optional*): rotary embeddings, of
             every type that Transformers knows.
@@ -246,6 +246,8 @@ class LoopedConfig(PreTrainedConfig):
         given_depth, given_types = self.num_hidden_layers, self.layer_types
         # Lengths that make no sense must reach `validate_*` with their own message, not fail in the arithmetic here.
         if self._counts_are_valid():
+            for field, registry in STRATEGY_FIELDS.items():
+                super().__setattr__(field, registry.normalise(getattr(self, field), num_loops=self.num_loops))
             self._derive()
             self._warn_if_contradicted(given_depth, given_types)
         super().__post_init__(**kwargs)
@@ -282,8 +284,6 @@ class LoopedConfig(PreTrainedConfig):
         """Bring the fields that follow from others up to date."""
         if not self._counts_are_valid():
             raise ValueError(self._counts_message())
-        for field, registry in STRATEGY_FIELDS.items():
-            super().__setattr__(field, registry.normalise(getattr(self, field), num_loops=self.num_loops))
         layout = self.slot_layout()
         stored = self.stored_layer_types
         if stored is None:
@@ -349,6 +349,9 @@ class LoopedConfig(PreTrainedConfig):
         mlp = whole if mlp_whole else (column, row)
         plan = {f"layers.*.self_attn.{name}_proj": attention[0] for name in "qkv"}
         plan["layers.*.self_attn.o_proj"] = attention[1]
+        if self.qk_norm == "per_head" and not attention_whole:
+            # each rank's norms see its own heads only, so their gradients are parts of a sum
+            plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
         plan |= {f"layers.*.mlp.{name}": mlp[0] for name in self.mlp_projections[:-1]}
         plan[f"layers.*.mlp.{self.mlp_projections[-1]}"] = mlp[1]
         return plan
@@ -391,7 +394,7 @@ class LoopedConfig(PreTrainedConfig):
         for name in ("max_trained_loops", "backprop_loops"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be None or at least 1.")
-        # Of a window of 1, Transformers' sliding cache would keep the last 0 tokens, which Python reads as all of them.
+        # Of a window of 1, Transformers' sliding cache keeps the last 0 tokens, which Python reads as all of them.
         if self.sliding_window is not None and self.sliding_window < 2:
             raise ValueError(f"sliding_window={self.sliding_window} must be None or at least 2.")
 

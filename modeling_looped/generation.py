@@ -1,12 +1,13 @@
 """Text generation with a loop count that the caller chooses."""
 
-# Transformers declares the `self` of its generation methods as a protocol, which neither `super()` nor a mixin fulfils for
-# a type checker.
+# Transformers declares the `self` of its generation methods as a protocol, which neither `super()` nor a mixin fulfils
+# for a type checker.
 # pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any, Self
 
 from transformers.generation import GenerationConfig, GenerationMixin
@@ -106,6 +107,14 @@ class LoopedGenerationMixin(GenerationMixin):
         if generation_config is not None:
             generation_config = without_num_loops(generation_config)
         return self.with_num_loops(num_loops).init_continuous_batching(generation_config, *args, **kwargs)
+
+    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers; a `num_loops` set on the generation config is found again when the folder is loaded."""
+        if getattr(self.generation_config, "num_loops", None) is not None:
+            # Transformers marks the generation config that it derived from the model's config, and reads only its own
+            # parameters back from a file with that mark.
+            self.generation_config._from_model_config = False
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def with_num_loops(self, num_loops: int) -> Self:
         """The same model at another default loop count: modules and configs of its own, all weights shared.

@@ -21,7 +21,7 @@ from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .conditioning import LOOP_CONDITIONINGS
 from .configuration_looped import LoopedConfig, refuse_foreign_loop_names
@@ -32,7 +32,7 @@ from .inputs import attention_masks, default_position_ids, refuse_cache_in_recom
 from .layers import LoopedAttention, LoopedDecoderLayer, LoopedRMSNorm, LoopedRotaryEmbedding
 from .loop_adapter import LOOP_ADAPTERS, LoopLoRA
 from .loop_update import LOOP_UPDATES
-from .outputs import LoopedCausalLMOutput, LoopedModelOutput
+from .outputs import NO_FIELD, LoopedCausalLMOutput, LoopedModelOutput, hidden_states_of_the_call
 from .peft_defaults import offer_peft_defaults
 from .readout import READOUTS
 from .registry import BuildContext, Strategy
@@ -56,7 +56,7 @@ class LoopedPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
     _supports_attention_backend = True
     _can_record_outputs = {
-        "hidden_states": LoopedDecoderLayer,
+        "hidden_states": OutputRecorder(LoopedDecoderLayer, num_hidden_layers_key=NO_FIELD),
         "attentions": LoopedAttention,
     }
 
@@ -155,6 +155,7 @@ class LoopedModel(LoopedPreTrainedModel):
         offer_peft_defaults(config.model_type)
 
     @merge_with_config_defaults
+    @hidden_states_of_the_call
     @capture_outputs
     @auto_docstring
     def forward(
@@ -327,7 +328,7 @@ class LoopedHeadMixin:
 
 
 @auto_docstring
-class LoopedForCausalLM(LoopedHeadMixin, LoopedPreTrainedModel, LoopedGenerationMixin, GenerationMixin):
+class LoopedForCausalLM(LoopedHeadMixin, LoopedGenerationMixin, LoopedPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}

@@ -4,9 +4,19 @@ B batch, S tokens, D hidden size, T loops.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils.output_capturing import selected_hidden_states
+
+from .slots import checked_num_loops
+
+#: The config field by which Transformers would count the hidden states of a call. There is none: their number depends on
+#: the call's `num_loops`, so it leaves the counting to `hidden_states_of_the_call`.
+NO_FIELD = "slots_of_the_call"
 
 
 # trf-ignore: TRF057 (described in full by hand)
@@ -39,3 +49,19 @@ class LoopedCausalLMOutput(CausalLMOutputWithPast):
 
     loop_hidden_states: tuple[Tensor, ...] | None = None
     exit_loops: Tensor | None = None
+
+
+def hidden_states_of_the_call(forward: Callable) -> Callable:
+    """Decorator around `capture_outputs`: `output_hidden_states=[-1]` means the last one of this call's loop count."""
+
+    @functools.wraps(forward)
+    def wrapper(self, *args: Any, **kwargs: Any) -> Any:
+        selected = selected_hidden_states(kwargs.get("output_hidden_states"))
+        if selected is not None:
+            num_loops = kwargs.get("num_loops")
+            num_loops = self.config.num_loops if num_loops is None else checked_num_loops(num_loops)
+            indices = range(self.config.slots_to_run(num_loops) + 1)
+            kwargs["output_hidden_states"] = [indices[i] for i in selected if -len(indices) <= i < len(indices)]
+        return forward(self, *args, **kwargs)
+
+    return wrapper

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from abc import ABC
@@ -150,11 +151,15 @@ class Registry(Generic[StrategyT]):
     def _params(self, name: str, given: Mapping[str, Any]) -> Any:
         """The parameters of type `name`, as their annotations have them."""
         params = self._types[name].Params
-        kinds = typing.get_type_hints(params)
+        kinds = annotations_of(params)
         return params(**{key: of_kind(key, value, kinds[key]) for key, value in given.items()})
 
     def _known(self) -> str:
         return ", ".join(sorted(self._types))
+
+
+#: The evaluated annotations of a class; a config is made anew often enough for the evaluation to show.
+annotations_of = functools.cache(typing.get_type_hints)
 
 
 def of_kind(name: str, value: Any, kind: Any) -> Any:

@@ -58,10 +58,13 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         seen[auto_class] = look(model.eval(), info["missing_keys"])
     if job["auto_classes"]:
         model.save_pretrained(job["again"])
+        one_loop = type(model).from_pretrained(folder, num_loops=1).eval()
+        seen[job["auto_classes"][-1]]["one_loop"] = one_loop(TOKENS)[0]
     if Path(folder, "tokenizer.json").exists():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         pipeline = transformers.pipeline("text-generation", model=folder, trust_remote_code=True)
         (answer,) = pipeline("w5 w17 w80", max_new_tokens=4, do_sample=False, return_tensors=True)
-        seen["pipeline"] = answer["generated_token_ids"]
+        seen["text"] = {"prompt": tokenizer("w5 w17 w80")["input_ids"], "answer": answer["generated_token_ids"]}
     return seen
 
 

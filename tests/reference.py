@@ -1,6 +1,6 @@
 """A looped language model in its plainest form: what every fast path must equal.
 
-Pure functions over a state dict and a config, written from the equations in `LoopedConfig` and in the papers' notation,
+Pure functions over a state dict and a config, written from the equations in `LoopedConfig` and the papers' notation,
 for one sequence and one head at a time, with every loop unrolled, masks as truth tables, no cache and no kernels.
 
 S tokens, D hidden size, K head dim, T loops, t a loop counted from 0.
@@ -172,7 +172,9 @@ def update(w: dict[str, Tensor], config: LoopedConfig, t: int, T: int, s: Tensor
     return s + g * (y - s)
 
 
-def halt(w: dict[str, Tensor], config: LoopedConfig, states: list[Tensor], training: bool) -> tuple[Tensor, Tensor | None]:
+def halt(
+    w: dict[str, Tensor], config: LoopedConfig, states: list[Tensor], training: bool
+) -> tuple[Tensor, Tensor | None]:
     """What is read from the states, token by token, and after which loop."""
     spec, T = config.halting, len(states) - 1
     if spec["type"] == "none":

@@ -28,10 +28,7 @@ REFUSED = {
         name: ({name: 0}, [f"{name}=0", "at least 1"])
         for name in ("vocab_size", "intermediate_size", "max_position_embeddings", "num_attention_heads")
     },
-    **{
-        name: ({name: 0}, [f"{name}=0", "None or at least 1"])
-        for name in ("max_trained_loops", "backprop_loops")
-    },
+    **{name: ({name: 0}, [f"{name}=0", "None or at least 1"]) for name in ("max_trained_loops", "backprop_loops")},
     "window_of_one": ({"sliding_window": 1}, ["sliding_window=1", "None or at least 2"]),
     "no_key_value_heads": ({"num_key_value_heads": 0}, ["num_key_value_heads=0", "at least 1"]),
     "odd_groups": ({"num_attention_heads": 3}, ["num_attention_heads=3", "multiple of num_key_value_heads=2"]),
@@ -54,19 +51,31 @@ REFUSED = {
     "rope_type": ({"rope_parameters": {"rope_type": "spiral"}}, ["rope_parameters=", "'spiral'", "yarn, longrope"]),
     "rope_per_type": ({"rope_parameters": {FULL: {"rope_type": "default"}}}, ["rope_parameters=", "all layers"]),
     "layer_types_length": ({"stored_layer_types": [FULL]}, ["stored_layer_types has 1 entries", "= 4"]),
-    "layer_types_word": ({"stored_layer_types": [FULL] * 3 + ["chunked_attention"]}, ["'chunked_attention'", FULL, SLIDING]),
-    "layer_types_window": ({"stored_layer_types": [SLIDING] * 4}, ["stored_layer_types", "sliding_window must be set"]),
+    "layer_types_word": (
+        {"stored_layer_types": [FULL] * 3 + ["chunked_attention"]},
+        ["'chunked_attention'", FULL, SLIDING],
+    ),
+    "layer_types_window": (
+        {"stored_layer_types": [SLIDING] * 4},
+        ["stored_layer_types", "sliding_window must be set"],
+    ),
     "prelude_never_enters": ({"injection": "none"}, ["injection='none'", "state_init='zeros'", "state_init='input'"]),
-    "adapter_without_core": ({"num_core_layers": 0, "loop_adapter": "lora"}, ["loop_adapter='lora'", "num_core_layers=0"]),
+    "adapter_without_core": (
+        {"num_core_layers": 0, "loop_adapter": "lora"},
+        ["loop_adapter='lora'", "num_core_layers=0"],
+    ),
     "readout_without_core": ({"num_core_layers": 0, "readout": "linear"}, ["readout='linear'", "num_core_layers=0"]),
     "halting_without_core": ({"num_core_layers": 0, "halting": "gate"}, ["halting='gate'", "num_core_layers=0"]),
-    "adapter_target": ({"mlp_type": "plain", "loop_adapter": "lora"}, ["gate_proj", "mlp_type='plain'", "up_proj, down_proj"]),
+    "adapter_target": (
+        {"mlp_type": "plain", "loop_adapter": "lora"},
+        ["gate_proj", "mlp_type='plain'", "up_proj, down_proj"],
+    ),
     "truncation": (
         {"backprop_loops": 1, "injection": "none", "state_init": "input"},
         ["backprop_loops=1", "injection='none'", "diagonal, add, concat"],
     ),
 }
-#: Conditions between several fields, which cannot all be written at once: a finished config checks them when it is saved.
+#: Conditions between several fields, which cannot all be written at once: a finished config checks them when saved.
 REFUSED_TOGETHER = [
     *("no_key_value_heads", "odd_groups", "odd_head_dim", "head_dim_text", "num_attention_heads"),
     *("rope_type", "rope_per_type", "prelude_never_enters", "truncation", "adapter_target"),
@@ -176,7 +185,9 @@ def test_a_misspelt_key_is_refused_with_the_nearest_field(key, meant, tmp_path):
 
 
 def test_a_parameter_of_a_strategy_is_refused_with_the_nearest_one():
-    with pytest.raises(ValueError, match=r"injection: type 'diagonal' has no parameter 'initial_dekay'.*'initial_decay'"):
+    with pytest.raises(
+        ValueError, match=r"injection: type 'diagonal' has no parameter 'initial_dekay'.*'initial_decay'"
+    ):
         tiny_config(injection={"type": "diagonal", "initial_dekay": 0.1})
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import json
 import pickle
 
@@ -91,8 +92,8 @@ def test_early_exit_may_write_a_smaller_depth_and_any_depth_field_restores_it():
     assert config.slots_to_run(config.num_loops) == 3
     config.rms_norm_eps = 1e-6
     assert config.num_hidden_layers == 3, "an unrelated write must not end the draft"
-    config.num_loops = config.num_loops
-    assert config.num_hidden_layers == 8
+    config.num_loops = 5
+    assert config.num_hidden_layers == 12
 
 
 def test_a_refused_write_keeps_what_early_exit_has_written():
@@ -108,7 +109,14 @@ def test_layer_types_follow_the_stored_ones_slot_by_slot():
     assert config.layer_types == [SLIDING, FULL, SLIDING, FULL, SLIDING, FULL]
     assert [config.stored_layer_type(layer) for layer in range(4)] == [SLIDING, FULL, SLIDING, FULL]
     assert [config.sliding_window_of(layer) for layer in range(4)] == [4, None, 4, None]
-    assert [layer.is_sliding for layer in DynamicCache(config=config).layers] == [True, False, True, False, True, False]
+    assert [layer.is_sliding for layer in DynamicCache(config=config).layers] == [
+        True,
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
     config.stored_layer_types = [FULL] * 4
     assert config.layer_types == [FULL] * 6
     config.stored_layer_types = None
@@ -238,7 +246,7 @@ def test_every_field_round_trips_at_a_value_that_is_not_its_default(tmp_path):
         "classifier_dropout": 0.0,
     }
     config, plain = tiny_config(**settings), LoopedConfig()
-    own = LoopedConfig.__dict__["__annotations__"]
+    own = inspect.get_annotations(LoopedConfig)
     assert [field for field in own if getattr(config, field) == getattr(plain, field)] == []
     for back in round_trips(config, tmp_path):
         assert {field: getattr(back, field) for field in own} == {field: getattr(config, field) for field in own}
@@ -264,7 +272,7 @@ def test_the_generation_config_of_a_model_keeps_its_loop_count(tmp_path):
 
 
 def test_every_field_is_documented():
-    own = set(LoopedConfig.__dict__["__annotations__"])
+    own = set(inspect.get_annotations(LoopedConfig))
     results = {"num_hidden_layers", "layer_types"}
     shared = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings"}
     entries = LoopedConfig.__doc__.split("Args:")[1].split("Example:")[0]

@@ -1,4 +1,4 @@
-"""The heads: sequence and token classification, question answering, masked language modelling, over the one base model."""
+"""The heads: sequence and token classification, question answering, masked language modelling, over one base model."""
 
 import pytest
 import torch
@@ -80,7 +80,9 @@ def test_the_loss_is_the_heads_definition_on_the_reference(head, num_loops):
         loss = F.cross_entropy(scores.flatten(0, 1), labels["labels"].flatten())
     elif head is LoopedForQuestionAnswering:
         scores = model.qa_outputs(hidden)
-        start, end = (F.cross_entropy(scores[..., i], labels[f"{side}_positions"]) for i, side in enumerate(("start", "end")))
+        start, end = (
+            F.cross_entropy(scores[..., i], labels[f"{side}_positions"]) for i, side in enumerate(("start", "end"))
+        )
         loss = (start + end) / 2
     else:
         scores = hidden @ model.lm_head.weight.T
@@ -116,7 +118,7 @@ def test_the_loop_count_passed_is_the_loop_count_configured(head):
 
 @every_head
 def test_another_models_word_for_the_loop_count_is_refused(head):
-    with pytest.raises(TypeError, match="num_steps.*num_loops"):
+    with pytest.raises(TypeError, match=r"num_steps.*num_loops"):
         head_model(head)(random_tokens(3, 7), num_steps=2, **HEADS[head][1])
 
 

@@ -1,4 +1,4 @@
-"""What holds for every configuration: the cache, the batch, padding and files change nothing, and it equals the reference."""
+"""What holds for every configuration: cache, batch, padding and files change nothing, and it equals the reference."""
 
 import copy
 import tempfile
@@ -167,7 +167,7 @@ def test_saved_and_loaded_a_model_is_bit_equal(config):
     state, back = model.state_dict(), loaded.state_dict()
     assert state.keys() == back.keys()
     assert all(torch.equal(state[name], back[name]) for name in state)
-    # a copy, because a loaded tensor may lie unaligned in the file's memory, where kernels sum odd widths in another order
+    # a copy, because a loaded tensor may lie unaligned in the file's memory, where kernels sum in another order
     assert torch.equal(model(tokens).logits, copy.deepcopy(loaded)(tokens).logits)
 
 

@@ -112,7 +112,15 @@ def test_values_from_json_become_what_the_annotation_says(value, kind, expected)
 
 @pytest.mark.parametrize(
     ("value", "kind"),
-    [(3.0, int), (True, int), (True, float), ("3", int | None), (None, int), ("ab", tuple[str, ...]), ([1], tuple[str, ...])],
+    [
+        (3.0, int),
+        (True, int),
+        (True, float),
+        ("3", int | None),
+        (None, int),
+        ("ab", tuple[str, ...]),
+        ([1], tuple[str, ...]),
+    ],
     ids=str,
 )
 def test_values_of_another_kind_are_refused(value, kind):

@@ -59,7 +59,9 @@ def test_expanding_gives_every_slot_its_layers_value(layout):
 @given(layouts, st.data())
 def test_loops_within_counts_the_loops_that_start(layout, data):
     cut = data.draw(st.integers(0, layout.num_slots))
-    started = {loop for layer, loop in executed(layout)[:cut] if layout.prelude <= layer < layout.prelude + layout.core}
+    started = {
+        loop for layer, loop in executed(layout)[:cut] if layout.prelude <= layer < layout.prelude + layout.core
+    }
     assert layout.loops_within(cut) == (len(started) if layout.core else 0)
     assert layout.loops_within(layout.num_slots) == (layout.loops if layout.core else 0)
 
@@ -106,7 +108,9 @@ def test_any_integer_is_a_loop_count(good):
     assert checked == operator.index(good)
 
 
-@pytest.mark.parametrize("bad", [0, -1, True, False, 2.0, "3", None, torch.tensor(1.5), torch.tensor([1, 2])], ids=repr)
+@pytest.mark.parametrize(
+    "bad", [0, -1, True, False, 2.0, "3", None, torch.tensor(1.5), torch.tensor([1, 2])], ids=repr
+)
 def test_nothing_else_is_a_loop_count(bad):
     with pytest.raises(ValueError, match=r"num_loops=.* must be an integer of at least 1"):
         checked_num_loops(bad)
@@ -165,7 +169,9 @@ def test_two_loop_counts_at_once_do_not_disturb_each_other():
 def test_a_cache_made_for_another_loop_count_is_refused_with_both_sizes(made_for, used_with):
     model, tokens = tiny_model(), random_tokens()
     cache = model(tokens, num_loops=made_for, use_cache=True).past_key_values
-    with pytest.raises(ValueError, match=rf"num_loops={used_with} needs a cache of {2 + 2 * used_with} slots.*has {2 + 2 * made_for}"):
+    with pytest.raises(
+        ValueError, match=rf"num_loops={used_with} needs a cache of {2 + 2 * used_with} slots.*has {2 + 2 * made_for}"
+    ):
         model(tokens[:, :1], num_loops=used_with, past_key_values=cache)
     assert cache.get_seq_length() == tokens.shape[1], "a refused call must not have written"
 

@@ -1,4 +1,4 @@
-"""Stability by construction: the diagonal injection contracts whatever its parameters become, and deep loops stay finite."""
+"""Stability by construction: the diagonal injection contracts for every parameter, and deep loops stay finite."""
 
 import math
 
@@ -18,11 +18,16 @@ WIDTH = 3
 steady = settings(max_examples=150, deadline=None, derandomize=True)
 #: Parameters far beyond anything that training reaches, in all dtypes' range, with plain sizes in between.
 extreme = st.one_of(
-    st.floats(-1e4, 1e4), st.floats(-120, 120), st.floats(-2, 2), st.sampled_from([-1e4, 1e4, -88.0, 88.0, 0.0, -104.0])
+    st.floats(-1e4, 1e4),
+    st.floats(-120, 120),
+    st.floats(-2, 2),
+    st.sampled_from([-1e4, 1e4, -88.0, 88.0, 0.0, -104.0]),
 )
 
 
-def diagonal(a_log: float = 0.0, dt_bias: float = 0.0, dtype: torch.dtype = torch.float32, **params) -> DiagonalInjection:
+def diagonal(
+    a_log: float = 0.0, dt_bias: float = 0.0, dtype: torch.dtype = torch.float32, **params
+) -> DiagonalInjection:
     """A diagonal injection with these values in all channels and the identity for B."""
     injection = DiagonalInjection(DiagonalInjection.Params(**params), BuildContext(WIDTH, 1, 0.02, 1e-5))
     with torch.no_grad():
@@ -92,7 +97,7 @@ def test_the_published_start_is_the_square_root_of_one_fifth():
 
 
 def test_the_linear_part_converges_to_its_fixed_point():
-    r"""x = \bar A x + \bar B e iterated from anywhere ends at (I - \bar A)^{-1} \bar B e, the zero-order hold's A^{-1} B e."""
+    r"""x = \bar A x + \bar B e iterated from anywhere ends at (I - \bar A)^{-1} \bar B e: the hold's A^{-1} B e."""
     injection = diagonal(0.3, -0.2, input_matrix="zoh")
     prelude = torch.tensor([[[1.0, -2.0, 0.5]]])
     inject = injection(prelude)
@@ -102,7 +107,9 @@ def test_the_linear_part_converges_to_its_fixed_point():
     torch.testing.assert_close(state, prelude / math.exp(0.3), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("stacked", "sliding", "capped", "lora")])
+@pytest.mark.parametrize(
+    "variant", [name for name in VARIANTS if name not in ("stacked", "sliding", "capped", "lora")]
+)
 def test_256_loops_stay_finite(variant):
     model = tiny_model(**VARIANTS[variant], num_core_layers=1, num_coda_layers=0)
     with torch.no_grad():

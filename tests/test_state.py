@@ -1,4 +1,4 @@
-"""The seeded normal start: in evaluation a function of (seed, position, channel) and of nothing else, and a good draw."""
+"""The seeded normal start: in evaluation a function of (seed, position, channel) and of nothing else; a good draw."""
 
 import math
 

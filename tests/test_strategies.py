@@ -50,7 +50,9 @@ def model_with(field: str, name: str, **settings) -> LoopedForCausalLM:
 def test_builds_from_its_defaults(field, name):
     registry = STRATEGY_FIELDS[field]
     spec = registry.normalise(name, num_loops=3)
-    module = registry.build(spec, BuildContext(hidden_size=8, num_core_layers=2, initializer_range=0.02, rms_norm_eps=1e-5))
+    module = registry.build(
+        spec, BuildContext(hidden_size=8, num_core_layers=2, initializer_range=0.02, rms_norm_eps=1e-5)
+    )
     assert isinstance(module, Strategy)
     assert isinstance(module, registry[name])
 
@@ -109,7 +111,9 @@ def test_has_a_docstring_of_its_own(field, name):
 
 @every_type
 def test_is_named_in_the_documentation_of_the_config(field, name):
-    entry = re.search(rf"^        {field} \(.*?(?=^        \w|^    \w)", LoopedConfig.__doc__, re.MULTILINE | re.DOTALL)
+    entry = re.search(
+        rf"^        {field} \(.*?(?=^        \w|^    \w)", LoopedConfig.__doc__, re.MULTILINE | re.DOTALL
+    )
     assert f"`{name}`" in entry.group()
 
 
@@ -124,7 +128,7 @@ def test_every_parameter_gets_a_gradient(field, name, num_loops):
 
 @every_type
 def test_beyond_its_tables_every_parameter_moves_the_loss(field, name):
-    """With all loops of the tables and more in use, and a first state that is not zero, no row of any parameter is dead."""
+    """With all loops of the tables in use, and a first state that is not zero, no row of any parameter is dead."""
     model = model_with(field, name, **({} if field == "state_init" else {"state_init": {"type": "input"}})).train()
     model(random_tokens(), labels=random_tokens(), num_loops=TABLE_LOOPS + 2).loss.backward()
     dead = [parameter for parameter, p in model.named_parameters() if not p.grad.any()]

@@ -184,7 +184,11 @@ def test_the_loop_lora_starts_without_a_difference_at_the_scale_alpha_over_rank(
     config = tiny_config(loop_adapter={"type": "lora", "rank": 4, "alpha": 6.0, "targets": ["q_proj", "down_proj"]})
     model = LoopedForCausalLM(config).model
     adapters = {name: module for name, module in model.named_modules() if isinstance(module, LoopLoRA)}
-    expected = {f"layers.{i}.{part}" for i in (1, 2) for part in ("self_attn.loop_adapters.q_proj", "mlp.loop_adapters.down_proj")}
+    expected = {
+        f"layers.{i}.{part}"
+        for i in (1, 2)
+        for part in ("self_attn.loop_adapters.q_proj", "mlp.loop_adapters.down_proj")
+    }
     assert set(adapters) == expected
     for adapter in adapters.values():
         assert adapter.scale == 1.5

@@ -1,8 +1,8 @@
 """Worker: gradients of two processes against those of one. `python -m torch.distributed.run … gradients.py FOLDER`.
 
-Writes `FOLDER/gradients.json`, case -> what was measured. Every case takes steps with a loop count that is either fixed
-or drawn from a generator keyed by (seed, step), the same on both ranks, and compares each gradient with that of one
-process that saw both ranks' tokens. The cases `transformers` also save the whole model, to `FOLDER/<variant>`.
+Writes `FOLDER/gradients.json`, case -> what was measured. Every case takes steps with a loop count that is fixed, or
+drawn from a generator keyed by (seed, step), the same on both ranks, and compares each gradient with that of a process
+that saw both ranks' tokens. The cases `transformers` also save the whole model, to `FOLDER/<variant>`.
 """
 
 import contextlib
