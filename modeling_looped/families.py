@@ -141,7 +141,7 @@ class Family:
 
     def _refused(self, stock: PreTrainedConfig) -> list[str]:
         refused = []
-        rope = stock.rope_parameters
+        rope = stock.rope_parameters or {}
         if any(isinstance(parameters, dict) for parameters in rope.values()):
             refused.append(f"rope_parameters={rope!r} per type of layer (supported: one set for all layers)")
         elif turns_part_of_heads(rope):

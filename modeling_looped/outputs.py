@@ -14,8 +14,8 @@ from transformers.utils.output_capturing import selected_hidden_states
 
 from .slots import checked_num_loops
 
-#: The config field by which Transformers would count the hidden states of a call. There is none: their number depends on
-#: the call's `num_loops`, so it leaves the counting to `hidden_states_of_the_call`.
+#: The config field by which Transformers would count the hidden states of a call. There is none, since their number
+#: depends on the call's `num_loops`: this leaves the counting to `hidden_states_of_the_call`.
 NO_FIELD = "slots_of_the_call"
 
 

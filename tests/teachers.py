@@ -66,7 +66,10 @@ def tiny_teacher(name: str, *, dtype: torch.dtype = torch.float32, **overrides: 
         "eos_token_id": 2,
     }
     config = AutoConfig.for_model(model_type, **{**common, **settings, **overrides})
-    return randomise(AutoModelForCausalLM.from_config(config, dtype=dtype), std=1.0).eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        teacher = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    return randomise(teacher, std=1.0).eval()
 
 
 CHAT_TEMPLATE = (

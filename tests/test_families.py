@@ -110,7 +110,7 @@ UNSUPPORTED: dict[str, tuple[PreTrainedConfig, str]] = {
     ),
     "chunked layers": (
         AutoConfig.for_model("qwen3", num_hidden_layers=2, layer_types=["chunked_attention", "full_attention"]),
-        r"layer_types of \['chunked_attention', 'full_attention'\] \(supported: \['full_attention', 'sliding_attention'\]",
+        r"layer_types of \['chunked_attention', 'full_attention'\] \(supported: \['full_attention', 'sliding_atten",
     ),
     "mixed layers in a family that has one kind": (
         LlamaConfig(num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"]),

@@ -314,7 +314,7 @@ def test_tokenizer_and_pipeline_run_alone(saved):
 
 def test_pushing_while_saving_uploads_the_code(tmp_path):
     with uploads_to(tmp_path / "hub"):
-        tiny_config().save_pretrained(tmp_path / "here", push_to_hub=True, repo_id=REPO_ID)
+        tiny_config().save_pretrained(str(tmp_path / "here"), push_to_hub=True, repo_id=REPO_ID)
         tiny_model().save_pretrained(tmp_path / "there", push_to_hub=True, repo_id=REPO_ID)
     code = {file.name for file in copy_code(tmp_path / "code")}
     assert code <= {path.name for path in (tmp_path / "hub" / "1").iterdir()}

@@ -38,6 +38,18 @@ MORE_VARIANTS = {
     "biases": {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
     "wide_heads": {"head_dim": 12, "num_key_value_heads": 1},
     "partial_rotary": {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}},
+    "yarn": {
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e3,
+            "factor": 4.0,
+            "original_max_position_embeddings": 4,
+        }
+    },
+    "dynamic_rope": {
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e3, "factor": 4.0},
+        "max_position_embeddings": 6,
+    },
     "all_sliding": {"sliding_window": 3, "num_core_layers": 1},
     "state_change": {"halting": {"type": "state_change", "threshold": 0.25}, "state_init": "input"},
     "gate": {"halting": {"type": "gate", "threshold": 0.5}, "state_init": "input"},

@@ -15,7 +15,8 @@ from modeling_looped.conversion import (
     retrofit,
     text_windows,
 )
-from modeling_looped.conversion.verification import HELD_OUT_TEXT, TOLERANCE as LOGIT_TOLERANCE, refuse_difference
+from modeling_looped.conversion.verification import HELD_OUT_TEXT, refuse_difference
+from modeling_looped.conversion.verification import TOLERANCE as LOGIT_TOLERANCE
 
 
 @pytest.mark.parametrize("name", TEACHERS)
@@ -93,7 +94,7 @@ def test_an_update_with_weights_of_its_own_starts_as_the_teacher_too():
 
 @pytest.mark.parametrize("update", ["learned_scale", {"type": "damped", "steps": 2}, "gated"], ids=str)
 def test_an_update_that_changes_the_function_at_one_loop_is_refused(update):
-    with pytest.raises(ValueError, match="loop_update=.* would change the function at one loop"):
+    with pytest.raises(ValueError, match=r"loop_update=.* would change the function at one loop"):
         retrofit(tiny_teacher("llama"), 2, 3, 1, 4, loop_update=update)
 
 

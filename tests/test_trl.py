@@ -9,7 +9,13 @@ from training import SENTENCES, run_arguments, tiny_tokenizer, weights
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # TRL calls them by their names before Transformers 5.23.
+    pytest.mark.filterwarnings(
+        r"ignore:`gradient_checkpointing_(en|dis)able` is deprecated:FutureWarning:transformers\.modeling_utils"
+    ),
+]
 
 TEXT = Dataset.from_list([{"text": sentence} for sentence in SENTENCES])
 CHAT = Dataset.from_list(
@@ -71,7 +77,7 @@ def test_a_fine_tuned_model_is_saved_whole(tmp_path):
 def test_trls_fused_head_computes_the_models_loss(variant, tmp_path):
     """TRL replaces the head by one of its own, which reads logit scale and soft cap from the config."""
     settings = VARIANTS[variant]
-    trainer = sft(tmp_path, model=same_model(**settings), max_steps=1, per_device_train_batch_size=1)
+    trainer = sft(tmp_path, model=same_model(**settings), max_steps=1, per_device_train_batch_size=1, bf16=False)
     model, row = same_model(**settings).train(), next(iter(trainer.get_train_dataloader()))
     with torch.no_grad():
         fused = trainer.model(**row, fused_lm_head=True).loss
@@ -84,6 +90,7 @@ def test_trls_fused_head_computes_the_models_loss(variant, tmp_path):
 def test_padding_free_batches_train_what_padded_ones_do(tmp_path):
     """One row with restarting positions: no sequence may see another in any loop."""
     settings = {"max_steps": 3, "optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "max_length": None}
+    settings["bf16"] = False  # TRL's default, whose rounding would hide small differences
     padded = weights(sft(tmp_path, **settings).model)
     packed = weights(sft(tmp_path, padding_free=True, **settings).model)
     start = weights(same_model())
@@ -146,6 +153,6 @@ def test_policy_optimisation_generates_and_moves_the_policy(tmp_path):
         processing_class=tiny_tokenizer(),
     )
     trainer.train()
-    assert all(length == 6 or length > 0 for length in logged(trainer, "completions/mean_length"))
+    assert all(0 < length <= 6 for length in logged(trainer, "completions/mean_length"))
     assert all(rate < 1 for rate in logged(trainer, "frac_reward_zero_std"))
     assert not any(torch.equal(tensor, before[name]) for name, tensor in weights(trainer.model).items())

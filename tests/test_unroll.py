@@ -223,7 +223,7 @@ def test_a_chosen_family_that_cannot_say_it_is_refused_with_the_reason():
 
 @pytest.mark.parametrize("num_loops", [0, -1, 1.5, True])
 def test_a_loop_count_below_one_is_refused(num_loops):
-    with pytest.raises(ValueError, match="num_loops=.* must be an integer of at least 1"):
+    with pytest.raises(ValueError, match=r"num_loops=.* must be an integer of at least 1"):
         tiny_model(**PLAIN).unroll(num_loops)
 
 

@@ -28,8 +28,8 @@ def check_output(output: Path, *, overwrite: bool) -> None:
         raise ValueError(f"output={str(output)!r} is not empty: choose another folder, or pass --force to replace it.")
     if not (output / MANIFEST).is_file():
         raise ValueError(
-            f"output={str(output)!r} holds no {MANIFEST}, so it is not the result of a conversion, and not replaced "
-            " even by force. Remove it yourself if it can go."
+            f"output={str(output)!r} holds no {MANIFEST}, so it is not the result of a conversion and is not "
+            "replaced even by force. Remove it yourself if it can go."
         )
 
 

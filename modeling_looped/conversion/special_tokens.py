@@ -27,8 +27,8 @@ def align_special_tokens(
     """
     bos = settled("bos_token_id", config, generation_config, tokenizer)
     pad = settled("pad_token_id", config, generation_config, tokenizer)
-    eos = configured_ids("eos_token_id", config, generation_config)
-    eos += [token for token in (*ids(tokenizer.eos_token_id), *end_of_turn(tokenizer)) if token not in eos]
+    ends = configured_ids("eos_token_id", config, generation_config)
+    eos = list(dict.fromkeys([*ends, *ids(tokenizer.eos_token_id), *end_of_turn(tokenizer)]))
     for token in (*bos, *eos, *pad):
         if token >= config.vocab_size:
             raise ValueError(

