@@ -7,6 +7,7 @@ update, ...) is refused by name. Per-loop norms and low-rank weights are no obst
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,8 +54,9 @@ def unroll(model: PreTrainedModel, num_loops: int | None = None, *, family: str 
     Raises:
         ValueError: listing every field of the config, with its value, that no stock family can express.
     """
-    config = model.config
-    if not isinstance(config, LoopedConfig):
+    # Not by `isinstance`: a config loaded with `trust_remote_code` is of another copy of the class than this file's.
+    config: Any = model.config
+    if config.model_type != LoopedConfig.model_type:
         raise TypeError(f"only a looped model can be unrolled, not a {type(model).__name__}.")
     if family is not None and family not in FAMILIES:
         raise ValueError(f"family={family!r} must be one of: {', '.join(FAMILIES)}.")

@@ -18,14 +18,14 @@ from modeling_looped.configuration_looped import (
 )
 
 modest = settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     phases=(Phase.explicit, Phase.generate, Phase.shrink),
     suppress_health_check=(HealthCheck.too_slow,),  # other processes may be using the machine
 )
 #: For what takes a tenth of a second or more.
-few = settings(modest, max_examples=10)
+few = settings(modest, max_examples=6)
 
 MODERATE_LOOPS = st.integers(1, 4)
 

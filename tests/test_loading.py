@@ -36,6 +36,9 @@ def poisoned_memory(monkeypatch):
 
         return poisoned
 
+    # The first time that a device context is entered, torch remembers its constructors: let it see the real ones.
+    with torch.device("meta"):
+        torch.empty(0)
     for name in ("empty", "empty_like", "empty_strided"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
 

@@ -57,9 +57,10 @@ class TeacherFiles:
                 does not read; names them.
         """
         unpack = {"quantization_config": GgufConfig(dequantize=True)} if self.gguf_file else {}
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             self.folder, config=self.config, dtype=dtype, output_loading_info=True, **self._gguf, **unpack
         )
+        model, loading = loaded
         problems = {kind: loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         if any(problems.values()):
             listed = "; ".join(
@@ -68,8 +69,7 @@ class TeacherFiles:
             raise ValueError(
                 f"the weights in teacher={self.name!r} are not those of a {type(model).__name__}: {listed}."
             )
-        model.to(device)  # pyright: ignore[reportArgumentType] (Transformers' decorator loses the bound `self`)
-        return model
+        return model.to(device)
 
     def provenance(self) -> dict[str, Any]:
         """Name, revision and SHA-256 of every file that was read, for the manifest."""
