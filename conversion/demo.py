@@ -21,7 +21,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from modeling_looped import LoopedForCausalLM, __version__
 from modeling_looped.conversion import ConversionError, find_teacher, retrofit_checkpoint
 
-PROMPT = "Why does the moon change its shape? Answer in two sentences."
+PROMPT = "Name three things that a plant needs to grow."
 LOOPS = (1, 2, 4)
 CORE = 4
 NEW_TOKENS = 48

@@ -41,7 +41,7 @@ def smollm2_folder() -> Path:
 
 @pytest.fixture(scope="session")
 def looped_smollm2_dir(tmp_path_factory) -> Path:
-    """A folder with SmolLM2-135M whose layers 13-16 run twice, as `conversion/retrofit.py` writes it. Do not change it."""
+    """A folder with SmolLM2-135M whose layers 13-16 run twice, as `conversion/retrofit.py` writes it. Only read it."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent  # one folder for all processes of the run

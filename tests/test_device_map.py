@@ -116,7 +116,7 @@ def test_every_placement_over_two_devices_computes_the_same(name, seed):
 def test_the_simulation_sees_a_tensor_on_the_wrong_device():
     model = tiny_model()
     model.model.layers[2].mlp.up_proj.weight.place = torch.device("cuda:1")
-    with SeveralDevices(), torch.no_grad(), pytest.raises(RuntimeError, match="linear.* got tensors on"):
+    with SeveralDevices(), torch.no_grad(), pytest.raises(RuntimeError, match=r"linear.* got tensors on"):
         model(TOKENS)
 
 

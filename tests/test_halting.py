@@ -1,5 +1,7 @@
 """Halting rules against their equations, token by token, and what they must never change."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from helpers import TOLERANCE, random_tokens, tiny_config, tiny_model
@@ -33,7 +35,7 @@ def random_states(loops: int) -> list[torch.Tensor]:
 
 def run(rule, states: list[torch.Tensor]):
     readings = rule.start(states[0])
-    for loop, (previous, state) in enumerate(zip(states, states[1:], strict=False)):
+    for loop, (previous, state) in enumerate(pairwise(states)):
         readings = rule(readings, previous, state, loop, loop == len(states) - 2)
     return readings
 
@@ -110,7 +112,8 @@ def test_a_token_halts_alike_in_a_batch_alone_and_from_a_cache(spec):
         assert torch.equal(alone.exit_loops[0], together.exit_loops[row])
         first = model(tokens[row : row + 1, :4], num_loops=4, use_cache=True)
         rest = model(tokens[row : row + 1, 4:], num_loops=4, past_key_values=first.past_key_values)
-        torch.testing.assert_close(rest.logits, together.logits[row : row + 1, 4:], atol=TOLERANCE[torch.float32], rtol=0)
+        expected = together.logits[row : row + 1, 4:]
+        torch.testing.assert_close(rest.logits, expected, atol=TOLERANCE[torch.float32], rtol=0)
 
 
 def test_exit_loops_are_absent_where_nothing_chooses():

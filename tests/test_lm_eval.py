@@ -103,7 +103,7 @@ def evaluate_by_command(folder, num_loops: int) -> dict:
     return {**json.loads(written.read_text()), "samples": samples}
 
 
-WAYS = {"here_1": (evaluate_here, 1), "here_4": (evaluate_here, 4), "by_command_2": (evaluate_by_command, 2)}
+WAYS = {"here_4": (evaluate_here, 4), "by_command_1": (evaluate_by_command, 1)}
 
 
 @pytest.fixture(scope="module", params=WAYS)

@@ -285,3 +285,13 @@ def test_quantising_at_loading_quantises_each_stored_projection_once(tmp_path, w
     error = (logits(loaded) - logits(model)).abs().max() / logits(model).abs().max()
     assert 0.0 < error < {"int8": 0.05, "int4": 0.5}[weights]
     assert loaded.generate(TOKENS, max_new_tokens=3, do_sample=False).shape == (2, 12)
+
+
+def test_an_attribute_set_on_a_config_never_makes_the_checkpoint_unreadable(tmp_path):
+    """Transformers stores whatever is set; its own tests set `norm_eps`, which is close to a field's name."""
+    model = tiny_model()
+    model.config.norm_eps = 1.0
+    model.config.note = "kept"
+    loaded = LoopedForCausalLM.from_pretrained(saved(model, tmp_path))
+    assert (loaded.config.norm_eps, loaded.config.note) == (1.0, "kept")
+    assert torch.equal(logits(loaded), logits(model))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 import modeling_looped
@@ -106,3 +107,9 @@ def test_auto_classes_build_what_they_register():
     for auto_class, name in AUTO_CLASSES.items():
         config.is_causal = name != "LoopedForMaskedLM"
         assert type(getattr(transformers, auto_class).from_config(config)) is getattr(modeling_looped, name)
+
+
+def test_rotary_embedding_has_the_layout_that_engines_know_from_llama():
+    config = modeling_looped.LoopedConfig(hidden_size=24, num_attention_heads=4, head_dim=6, vocab_size=7)
+    cos, sin = modeling_looped.LoopedModel(config).rotary_emb(torch.zeros(2, 5, 24), torch.arange(5).unsqueeze(0))
+    assert cos.shape == sin.shape == (1, 5, 6)

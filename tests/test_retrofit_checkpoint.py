@@ -48,6 +48,8 @@ def test_the_folder_holds_a_model_that_is_the_teacher_at_one_loop(teacher_folder
     assert_close(looped(tokens, num_loops=1).logits, teacher(tokens).logits)
     assert all(torch.equal(tensor, made.model.state_dict()[key]) for key, tensor in looped.state_dict().items())
     assert looped.generation_config.eos_token_id == looped.config.eos_token_id == 2
+    stored = load_file(output / "model.safetensors")
+    assert sum(tensor.numel() for tensor in stored.values()) == teacher.num_parameters()  # the core is there once
     assert (output / "modeling_looped.py").is_file()
     assert [path.name for path in output.parent.iterdir()] == ["looped"]
 

@@ -85,9 +85,9 @@ def test_a_new_process_says_the_same_at_every_loop_count(demo):
     lines = demo[0].stdout.splitlines()
     for loops in (1, 2, 4):
         assert f"   num_loops={loops}: the same tokens" in lines
-    answers = [line.split("tokens/s): ")[1] for line in lines if line.startswith("num_loops=")]
+    answers = demo[0].stdout.split("tokens/s): ")[1:]
     assert len(answers) == 3
-    assert all("moon" in answer for answer in answers)
+    assert all("water" in answer.lower() for answer in answers)
 
 
 def test_one_loop_is_the_teacher_and_more_loops_stay_sane(demo):

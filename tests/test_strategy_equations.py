@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import tiny_config
+from helpers import random_tokens, tiny_config
 
 from modeling_looped import LoopedForCausalLM
 from modeling_looped.conditioning import LOOP_CONDITIONINGS
@@ -112,6 +112,14 @@ def test_gated_mixes_by_its_gate_and_leaves_the_free_loops_alone():
         torch.testing.assert_close(update(STATE, OUTPUT, loop_idx, 4), OUTPUT)
     for loop_idx in (2, 3, 9):
         torch.testing.assert_close(update(STATE, OUTPUT, loop_idx, 4), 0.75 * STATE + 0.25 * OUTPUT)
+
+
+@pytest.mark.parametrize("num_loops", [1, 2])
+def test_a_gate_that_never_opens_gets_a_gradient_of_zeros(num_loops):
+    """As DistributedDataParallel and the Trainer expect of every parameter."""
+    model = LoopedForCausalLM(tiny_config(loop_update={"type": "gated", "free_loops": 2})).train()
+    model(random_tokens(), labels=random_tokens(), num_loops=num_loops).loss.backward()
+    assert not model.model.loop_update.gate.grad.any()
 
 
 @pytest.mark.parametrize(
