@@ -230,7 +230,11 @@ class LoopedAttention(nn.Module):
         """The dispatcher of slot `layer_idx`."""
         slot = self._slot_at.get(layer_idx)
         if slot is None:
-            slot = self._slot_at[layer_idx] = AttentionSlot(self.config, layer_idx, self.sliding_window)
+            slot = AttentionSlot(self.config, layer_idx, self.sliding_window)
+            # A compiled forward keeps no memo: it made the module when it was traced, and writing here would be a side
+            # effect that it replays, and a reason to compile again.
+            if not torch.compiler.is_compiling():
+                self._slot_at[layer_idx] = slot
         return slot
 
     def project(

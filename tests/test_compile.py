@@ -111,7 +111,7 @@ def test_blocks_compiled_by_inductor_have_the_same_logits():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["parcae", "concat", "norms", "lora", "sliding", "sandwich", "halting_act"])
+@pytest.mark.parametrize("variant", ["parcae", "lora", "sliding"])
 @torch.no_grad()
 def test_a_whole_forward_is_one_graph(variant):
     model = tiny_model(
@@ -119,15 +119,15 @@ def test_a_whole_forward_is_one_graph(variant):
     )
     tokens = random_tokens(2, 7)
     mask = torch.tensor([[0] * 3 + [1] * 4, [1] * 7])
+    reference = untouched_copy(model)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     # with fewer loops, as many, and more than there are dispatchers registered
     for kwargs in ({}, {"num_loops": 1}, {"num_loops": 3}, {"attention_mask": mask}):
         seen = kwargs.get("attention_mask", torch.ones_like(tokens)).bool()
-        expected = model(tokens, use_cache=False, **kwargs).logits
-        assert_close(compiled(tokens, use_cache=False, **kwargs).logits[seen], expected[seen])
-        before = graphs()
-        compiled(random_tokens(2, 7, seed=1), use_cache=False, **kwargs)
-        assert graphs() == before
+        logits = compiled(tokens, use_cache=False, **kwargs).logits
+        assert_close(logits[seen], reference(tokens, use_cache=False, **kwargs).logits[seen])
+        with torch.compiler.set_stance("fail_on_recompile"):
+            compiled(random_tokens(2, 7, seed=1), use_cache=False, **kwargs)
 
 
 @pytest.mark.slow

@@ -18,8 +18,8 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 #: Largest difference of two logits that counts as equal. In SmolLM2-135M, whose logits reach 40, the order of fp32
-#: operations makes one of 6e-5, one element of one norm that is 1 % off makes 2e-3, and the keys of one layer in another
-#: rotary layout make 6.5.
+#: operations makes one of 6e-5, one element of one norm that is 1 % off makes 2e-3, and the keys of one layer in
+#: another rotary layout make 6.5.
 TOLERANCE = 1e-3
 
 #: General English (fiction, explanations, a letter, a recipe), written for this project and under its licence, so no
