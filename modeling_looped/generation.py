@@ -50,8 +50,10 @@ class LoopedGenerationMixin(GenerationMixin):
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return
         # Caches are sized from `self.config`. A shallow copy of the model carries the other loop count there, so that
-        # neither the user's config nor a call running in another thread sees it.
-        sized = copy.copy(self)
+        # neither the user's config nor a call running in another thread sees it. Not `copy.copy`, by which a model that
+        # FSDP2 has sharded would be constructed anew.
+        sized = object.__new__(type(self))
+        sized.__dict__.update(self.__dict__)
         sized.config = self.config.with_num_loops(num_loops)
         GenerationMixin._prepare_cache_for_generation(sized, generation_config, model_kwargs, *args, **kwargs)
         # What Transformers remembers to give the next static cache the same shape, and so spare a compilation.

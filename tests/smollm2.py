@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
+from once import once_per_run
 
 ROOT = Path(__file__).parent.parent
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -39,22 +39,30 @@ def smollm2_folder() -> Path:
     )
 
 
+def retrofit(folder: Path) -> None:
+    """Loop layers 13-16 twice, with the tool that a user runs."""
+    (folder / "held_out.txt").write_text(TEXT)
+    command = [sys.executable, str(ROOT / "conversion" / "retrofit.py")]
+    command += ["--teacher", str(smollm2_folder()), "--gguf-file", GGUF, "--output", str(folder / "looped")]
+    command += [
+        "--prelude",
+        "13",
+        "--core",
+        "4",
+        "--coda",
+        "13",
+        "--loops",
+        "2",
+        "--text",
+        str(folder / "held_out.txt"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
+
+
 @pytest.fixture(scope="session")
 def looped_smollm2_dir(tmp_path_factory) -> Path:
-    """A folder with SmolLM2-135M whose layers 13-16 run twice, as `conversion/retrofit.py` writes it. Only read it."""
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent  # one folder for all processes of the run
-    folder = base / "looped-smollm2"
-    with FileLock(base / "looped-smollm2.lock"):
-        if not (folder / "config.json").exists():
-            command = [sys.executable, str(ROOT / "conversion" / "retrofit.py")]
-            command += ["--teacher", str(smollm2_folder()), "--gguf-file", GGUF, "--output", str(folder)]
-            (base / "looped-smollm2.txt").write_text(TEXT)
-            command += ["--text", str(base / "looped-smollm2.txt")]
-            command += ["--prelude", "13", "--core", "4", "--coda", "13", "--loops", "2"]
-            environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-            result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-            if result.returncode:
-                raise RuntimeError(f"{' '.join(command)} failed:\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}")
-    return folder
+    """A folder with SmolLM2-135M whose layers 13-16 run twice. Only read it."""
+    return once_per_run(tmp_path_factory, "smollm2", retrofit) / "looped"

@@ -4,6 +4,7 @@ Each worker in `tests/distributed/` runs all of its cases in one launch; the tes
 """
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from distributed.gradients import CASES
 from distributed.launch import launch
 from distributed.trainer import BATCH, OPTIMISER, STEPS, WAYS
 from helpers import assert_close, random_tokens, tiny_model
+from once import once_per_run
 from safetensors.torch import load_file
 from training import run_arguments, sentence_dataset, tiny_tokenizer, weights
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, Trainer
@@ -20,8 +22,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("gradients")
-    launch("gradients.py", folder)
+    folder = once_per_run(tmp_path_factory, "distributed_gradients", partial(launch, "gradients.py"))
     return {"folder": folder, **json.loads((folder / "gradients.json").read_text())}
 
 
@@ -88,16 +89,19 @@ def test_what_fsdp_saves_loads_in_one_process(measured, variant):
     assert names[0] <= names[1]
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The same run in one process, and what the worker did in two."""
-    folder = tmp_path_factory.mktemp("trainer")
+def train_in_two_processes(folder) -> None:
     torch.manual_seed(0)
     tiny_model().save_pretrained(folder / "start")
     launch("trainer.py", folder)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The same run in one process, and what the worker did in two."""
+    folder = once_per_run(tmp_path_factory, "distributed_trainer", train_in_two_processes)
     model = AutoModelForCausalLM.from_pretrained(folder / "start")
     arguments = run_arguments(
-        folder / "runs" / "single", max_steps=STEPS, per_device_train_batch_size=2 * BATCH, **OPTIMISER
+        tmp_path_factory.mktemp("single"), max_steps=STEPS, per_device_train_batch_size=2 * BATCH, **OPTIMISER
     )
     collator = DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False)
     Trainer(model, arguments, train_dataset=sentence_dataset(), data_collator=collator).train()

@@ -1,8 +1,13 @@
 """`generate` in every mode gives the tokens of a model without a cache, at every loop count, for stock caches."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from helpers import VARIANTS, assert_close, random_tokens, tiny_model
+from torch import distributed
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import QuantizedCache
 
@@ -138,6 +143,24 @@ def left_padded(prompts: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor
         batch[row, -len(prompt) :] = prompt
         mask[row, -len(prompt) :] = 1
     return batch, mask
+
+
+@pytest.fixture
+def one_rank() -> Iterator[DeviceMesh]:
+    """A process group of this process alone."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    distributed.destroy_process_group()
+
+
+def test_a_model_sharded_by_fsdp2_generates_at_any_loop_count(one_rank):
+    model = tiny_model(std=1.0)
+    tokens = random_tokens(2, 7)
+    expected = {k: generated(model, tokens, num_loops=k, **GREEDY) for k in (1, 3, 5)}
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=one_rank)
+    fully_shard(model, mesh=one_rank)
+    assert {k: generated(model, tokens, num_loops=k, **GREEDY) for k in expected} == expected
 
 
 def test_generation_from_embeddings_equals_generation_from_tokens():

@@ -7,12 +7,14 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 
 import lm_eval
 import pytest
 import torch
 from helpers import tiny_model
 from lm_eval.tasks import TaskManager
+from once import once_per_run
 from training import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -55,8 +57,11 @@ TASKS = ("local_choice", "local_generate")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A saved model that answers differently at every loop count, and two tasks on fifty items of unequal lengths."""
-    folder = tmp_path_factory.mktemp("lm_eval")
+    return once_per_run(tmp_path_factory, "lm_eval", prepare)
+
+
+def prepare(folder) -> None:
+    """Save a model that answers differently at every loop count, and two tasks on fifty items of unequal lengths."""
     torch.manual_seed(0)
     tiny_model(std=1.0).save_pretrained(folder / "model")
     tiny_tokenizer().save_pretrained(folder / "model")
@@ -69,10 +74,9 @@ def folder(tmp_path_factory):
     (folder / "tasks").mkdir()
     for name, rest in zip(TASKS, (CHOICE, GENERATE), strict=True):
         (folder / "tasks" / f"{name}.yaml").write_text(TASK.format(name=name, data=folder / "data.jsonl") + rest)
-    return folder
 
 
-def evaluate_here(folder, num_loops: int) -> dict:
+def evaluate_here(folder, num_loops: int, factory) -> dict:
     return lm_eval.simple_evaluate(
         model="hf",
         model_args=f"pretrained={folder / 'model'},num_loops={num_loops},dtype=float32",
@@ -85,16 +89,9 @@ def evaluate_here(folder, num_loops: int) -> dict:
     )
 
 
-def evaluate_by_command(folder, num_loops: int) -> dict:
+def evaluate_by_command(folder, num_loops: int, factory) -> dict:
     """As a user types it, in a process where nobody imports the package: the folder's own code runs."""
-    output = folder / "results"
-    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "8"]
-    model_args = f"pretrained={folder / 'model'},num_loops={num_loops},dtype=float32,trust_remote_code=True"
-    command += ["--model_args", model_args, "--tasks", *TASKS, "--include_path", str(folder / "tasks")]
-    command += ["--output_path", str(output), "--log_samples"]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
+    output = once_per_run(factory, f"lm_eval_{num_loops}", partial(run_command, folder, num_loops))
     (written,) = output.rglob("results_*.json")
     samples = {}
     for name in TASKS:
@@ -103,16 +100,26 @@ def evaluate_by_command(folder, num_loops: int) -> dict:
     return {**json.loads(written.read_text()), "samples": samples}
 
 
+def run_command(folder, num_loops: int, output) -> None:
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--batch_size", "8"]
+    model_args = f"pretrained={folder / 'model'},num_loops={num_loops},dtype=float32,trust_remote_code=True"
+    command += ["--model_args", model_args, "--tasks", *TASKS, "--include_path", str(folder / "tasks")]
+    command += ["--output_path", str(output), "--log_samples"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "home"), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
 WAYS = {"here_4": (evaluate_here, 4), "by_command_1": (evaluate_by_command, 1)}
 
 
 @pytest.fixture(scope="module", params=WAYS)
-def evaluated(request, folder):
+def evaluated(request, folder, tmp_path_factory):
     """(results, the model and its tokenizer at the default loop count, the loop count asked for)."""
     evaluate, num_loops = WAYS[request.param]
     model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
     assert model.config.num_loops not in {count for _, count in WAYS.values()}
-    return evaluate(folder, num_loops), model, num_loops
+    return evaluate(folder, num_loops, tmp_path_factory), model, num_loops
 
 
 def log_likelihood(model, tokenizer, question: str, choice: str, num_loops: int) -> float:

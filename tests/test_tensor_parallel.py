@@ -7,6 +7,9 @@ import torch
 from distributed.launch import launch
 from distributed.tensor_parallel import MODELS, TOKENS
 from helpers import VARIANTS, assert_close, tiny_model
+from once import once_per_run
+
+from modeling_looped import LoopedForCausalLM
 
 
 def matching(rule: str, names: list[str]) -> list[str]:
@@ -45,15 +48,17 @@ def test_every_rule_of_the_fsdp_plan_matches(variant):
     assert set(model._no_split_modules) == {"LoopedDecoderLayer"}
 
 
+def run_in_two_processes(folder) -> None:
+    for name, settings in MODELS.items():
+        tiny_model(**settings).save_pretrained(folder / name)
+    launch("tensor_parallel.py", folder)
+
+
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """What two processes compute with the models of FOLDER, and the same models here."""
-    folder = tmp_path_factory.mktemp("tensor_parallel")
-    models = {}
-    for name, settings in MODELS.items():
-        models[name] = tiny_model(**settings)
-        models[name].save_pretrained(folder / name)
-    launch("tensor_parallel.py", folder)
+    """What two processes compute, and the same models here."""
+    folder = once_per_run(tmp_path_factory, "tensor_parallel", run_in_two_processes)
+    models = {name: LoopedForCausalLM.from_pretrained(folder / name) for name in MODELS}
     return {"models": models, **torch.load(folder / "seen.pt")}
 
 
