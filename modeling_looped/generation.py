@@ -50,8 +50,8 @@ class LoopedGenerationMixin(GenerationMixin):
             super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
             return
         # Caches are sized from `self.config`. A shallow copy of the model carries the other loop count there, so that
-        # neither the user's config nor a call running in another thread sees it. Not `copy.copy`, by which a model that
-        # FSDP2 has sharded would be constructed anew.
+        # neither the user's config nor a call running in another thread sees it. Not by `copy.copy`, which would
+        # construct a model that FSDP2 has sharded anew.
         sized = object.__new__(type(self))
         sized.__dict__.update(self.__dict__)
         sized.config = self.config.with_num_loops(num_loops)
