@@ -9,7 +9,7 @@ from helpers import random_tokens, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modeling_looped import SlotLayout
+from modeling_looped import LoopedModel, SlotLayout
 from modeling_looped.layers import LoopedDecoderLayer
 from modeling_looped.slots import checked_num_loops
 
@@ -147,6 +147,19 @@ def test_every_invocation_dispatches_attention_by_a_module_with_its_own_address(
             assert dispatcher.layer_idx == slot
             assert dispatcher is layer.self_attn.slot(slot)
             assert list(dispatcher.parameters()) == []
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_dispatcher_carries_what_engines_read_from_an_attention_module(is_causal):
+    types = ["full_attention", "sliding_attention"] * 2
+    config = tiny_config(is_causal=is_causal, sliding_window=4, stored_layer_types=types)
+    for layer in LoopedModel(config).layers:
+        for dispatcher in layer.self_attn.slots:
+            assert dispatcher.is_causal is is_causal
+            assert dispatcher.scaling == config.head_dim**-0.5
+            assert dispatcher.num_key_value_groups == 2
+            assert dispatcher.sliding_window == config.sliding_window_of(layer.layer)
+            assert dispatcher.config is config
 
 
 def test_engines_find_exactly_the_configured_slots_among_the_modules():
