@@ -43,8 +43,8 @@ class LoopConditioning(Strategy):
         """Weights that each norm of the core keeps, one per loop; `None`: one for all loops."""
         return None
 
-    def forward(self, hidden_states: Tensor, loop_idx: int) -> Tensor:
-        """The core's input [B, S, D] in loop `loop_idx`."""
+    def forward(self, hidden_states: Tensor, loop_idx: int, position_ids: Tensor) -> Tensor:
+        """The core's input [B, S, D] in loop `loop_idx`, of tokens at `position_ids` [B or 1, S]."""
         return hidden_states
 
 
@@ -69,7 +69,7 @@ class LoopEmbedding(LoopConditioning):
     def init_weights(self) -> None:
         init.zeros_(self.embedding)
 
-    def forward(self, hidden_states: Tensor, loop_idx: int) -> Tensor:
+    def forward(self, hidden_states: Tensor, loop_idx: int, position_ids: Tensor) -> Tensor:
         return hidden_states + self.embedding[table_row(loop_idx, self.params.table_loops)].to(hidden_states.dtype)
 
 
@@ -86,24 +86,33 @@ class SinusoidalTime(LoopConditioning):
     class Params:
         """Attributes:
         scale: factor in front of the signal.
+        positions: `none`, or `every_loop`: the same signal of the token's position is added too, in every loop.
         """
 
         scale: float = 1.0
+        positions: str = "none"
 
         def __post_init__(self):
             if not math.isfinite(self.scale):
                 raise ValueError(f"scale={self.scale!r} must be a finite number.")
+            if self.positions not in ("none", "every_loop"):
+                raise ValueError(f"positions={self.positions!r} must be one of: none, every_loop.")
 
     adds_signal = True
 
-    def forward(self, hidden_states: Tensor, loop_idx: int) -> Tensor:
-        half = self.context.hidden_size // 2
-        exponent = torch.arange(half, dtype=torch.float32, device=hidden_states.device) / max(half - 1, 1)
-        angle = loop_idx * torch.exp(exponent * -math.log(1e4))
-        signal = torch.cat((angle.sin(), angle.cos()))
-        # An odd width keeps its last channel.
-        signal = nn.functional.pad(signal, (0, self.context.hidden_size - 2 * half))
+    def forward(self, hidden_states: Tensor, loop_idx: int, position_ids: Tensor) -> Tensor:
+        signal = self.signal(torch.full((1, 1), loop_idx, device=hidden_states.device))
+        if self.params.positions == "every_loop":
+            signal = signal + self.signal(position_ids.to(hidden_states.device))
         return hidden_states + (self.params.scale * signal).to(hidden_states.dtype)
+
+    def signal(self, times: Tensor) -> Tensor:
+        """Times [B, S] -> signals [B, S, D], fp32. An odd width keeps its last channel."""
+        half = self.context.hidden_size // 2
+        exponent = torch.arange(half, dtype=torch.float32, device=times.device) / max(half - 1, 1)
+        angles = times.float().unsqueeze(-1) * torch.exp(exponent * -math.log(1e4))
+        signal = torch.cat((angles.sin(), angles.cos()), dim=-1)
+        return nn.functional.pad(signal, (0, self.context.hidden_size - 2 * half))
 
 
 @LOOP_CONDITIONINGS.register("norms")

@@ -3,40 +3,73 @@
 import copy
 import dataclasses
 import difflib
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
 from huggingface_hub.dataclasses import strict
-from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 from transformers.utils import logging
 
 from .conditioning import LOOP_CONDITIONINGS
+from .config_checks import (
+    CHECKS,
+    check_choices,
+    check_counts,
+    check_stored_layer_types,
+    counts_are_valid,
+    counts_message,
+)
+from .config_checks import CORE_SIZES as CORE_SIZES
+from .config_checks import FINAL_NORM_PLACEMENTS as FINAL_NORM_PLACEMENTS
+from .config_checks import NORM_PLACEMENTS as NORM_PLACEMENTS
+from .config_checks import QK_NORMS as QK_NORMS
 from .halting import HALTINGS
 from .injection import INJECTIONS
 from .loop_adapter import LOOP_ADAPTERS
 from .loop_update import LOOP_UPDATES
 from .readout import READOUTS
-from .registry import Registry
+from .registry import LayerShape, Registry
 from .remote_code import AUTO_MAP, copy_code
+from .routing import Router as Router  # registers the routers
+from .schedule import SCHEDULES
 from .slots import SlotLayout
 from .state import STATE_INITS
+from .value_embedding import VALUE_EMBEDDINGS
 
 logger = logging.get_logger(__name__)
 
 #: Config field -> the registry of its types.
 STRATEGY_FIELDS: dict[str, Registry] = {
     registry.field: registry
-    for registry in (INJECTIONS, STATE_INITS, LOOP_UPDATES, LOOP_CONDITIONINGS, LOOP_ADAPTERS, HALTINGS, READOUTS)
+    for registry in (
+        INJECTIONS,
+        STATE_INITS,
+        LOOP_UPDATES,
+        LOOP_CONDITIONINGS,
+        LOOP_ADAPTERS,
+        HALTINGS,
+        READOUTS,
+        VALUE_EMBEDDINGS,
+        SCHEDULES,
+    )
 }
 
 #: Fields from which the number of slots and their attention types follow.
 DEPTH_FIELDS = frozenset(
-    ("num_loops", "num_prelude_layers", "num_core_layers", "num_coda_layers", "stored_layer_types", "sliding_window")
+    (
+        "num_loops",
+        "num_prelude_layers",
+        "num_core_layers",
+        "num_coda_layers",
+        "core_group_size",
+        "kv_sharing",
+        "schedule",
+        "stored_layer_types",
+        "sliding_window",
+    )
 )
 
 #: What the published looped models call the loop count. Accepting one of these silently would run another function
@@ -95,10 +128,6 @@ Spec = Any
 #: A field that may be left out because `__post_init__` fills it in; `None` only before that.
 Derived = Any
 
-NORM_PLACEMENTS = ("pre", "sandwich", "sandwich_sum", "post", "post_branch")
-FINAL_NORM_PLACEMENTS = ("end", "every_loop", "after_loops")
-QK_NORMS = ("none", "per_head", "flat")
-
 
 # trf-ignore: TRF057 (described in full by hand)
 @strict
@@ -122,23 +151,41 @@ class LoopedConfig(PreTrainedConfig):
         num_prelude_layers, num_core_layers, num_coda_layers (`int`, default to 2): stored layers of each part.
         num_loops (`int`, defaults to 4): how often the core runs. The one knob for depth: it can be set here, at
             loading, on the config of a loaded model, in a `GenerationConfig`, in `generate` and in `forward`.
+        core_group_size (`int`, *optional*): how many consecutive layers of the core loop together, a divisor of
+            `num_core_layers`; each group runs all its loops before the next starts. `None`: the whole core, abc abc;
+            1: aa bb cc.
+        kv_sharing (`str`, defaults to `"none"`): `first_loop` makes every later loop of a core layer attend to the
+            keys and values of its first, so that the cache holds one slot per stored layer.
         max_trained_loops (`int`, *optional*): the largest loop count seen in training; a larger one warns once.
             `None`: unknown, never warns.
         num_attention_heads (`int`, defaults to 12), num_key_value_heads (`int`, *optional*: as many), head_dim (`int`,
             *optional*: hidden_size / num_attention_heads): attention shape (grouped-query attention).
-        hidden_act (`str`, defaults to `"silu"`): activation of the MLP.
+        core_hidden_size, core_intermediate_size, core_num_attention_heads, core_num_key_value_heads (`int`,
+            *optional*): sizes of the core, where they are not those of prelude and coda. A core of another width needs
+            an injection and a readout that map between the two.
+        hidden_act (`str`, defaults to `"silu"`): activation of the MLP, of those that Transformers names, or
+            `half_relu2`, 0.5 * relu(x)^2.
         mlp_type (`str`, defaults to `"gated"`): `gated`, down(act(gate x) * up x), or `plain`, down(act(up x)).
+        mlp_output_act (`str`, *optional*): activation of the MLP's output.
         attention_bias, attention_output_bias, mlp_bias (`bool`, default to `False`): biases of q, k and v; of the
             output projection; of the MLP.
+        attention_value_bias (`bool`, *optional*: as `attention_bias`): bias of v alone (Huginn has one on q and k).
+        attention_gate (`str`, defaults to `"none"`): `per_channel` multiplies the attention's output by
+            sigmoid(gate x), before the output projection.
+        qkv_clip (`float`, *optional*): largest absolute value of queries, keys and values.
         attention_dropout (`float`, defaults to 0): dropout on attention weights, in training.
-        qk_norm (`str`, defaults to `"none"`): RMS norm of queries and keys before RoPE: `per_head` (Qwen3) or `flat`,
-            over all heads' channels (OLMo-2).
+        qk_norm (`str`, defaults to `"none"`): RMS norm of queries and keys before RoPE: `per_head` (Qwen3),
+            `per_head_unweighted` (Parcae; without a weight it is the same behind RoPE, which turns a head and keeps
+            its length) or `flat`, over all heads' channels (OLMo-2).
+        norm_type (`str`, defaults to `"rms"`): the norms of the layers, of the prelude and at the end: `rms`,
+            `rms_unweighted`, `layer` (with a bias), or `layer_unbiased` (the Universal Transformer's, which divides by
+            the unbiased standard deviation).
         norm_placement (`str`, defaults to `"pre"`): with n a norm and f attention or MLP, `pre`: x + f(n x);
             `sandwich`: x + n(f(n x)) (Ouro); `sandwich_sum`: n(x + f(n x)) (Huginn); `post`: n(x + f x);
             `post_branch`: x + n(f x) (OLMo-2).
         final_norm (`str`, defaults to `"end"`): where the final norm acts: `end`, before the head; `every_loop`, on
             the state after each loop, whose result starts the next one, and at the end where a coda follows (Ouro,
-            Nanbeige); `after_loops`, on the last state and again at the end (Huginn).
+            Nanbeige); `after_loops`, on the last state and again at the end (Huginn); `none`, nowhere (ALBERT).
         prelude_norm (`bool`, defaults to `True`): normalise the prelude's output before it is injected.
         rms_norm_eps (`float`, defaults to 1e-5): epsilon of all norms.
         stored_layer_types (`list[str]`, *optional*): `full_attention` or `sliding_attention` per stored layer
@@ -148,6 +195,15 @@ class LoopedConfig(PreTrainedConfig):
         is_causal (`bool`, defaults to `True`): `False` gives the bidirectional encoder.
         max_position_embeddings (`int`, defaults to 2048), rope_parameters (`dict`, *optional*): rotary embeddings, of
             every type that Transformers knows.
+        position_embedding (`str`, defaults to `"rope"`): `rope`, `learned` (a table of `max_position_embeddings` rows
+            that is added to the embeddings) or `none`.
+        embedding_size (`int`, *optional*): width of the embedding tables, with a projection to `hidden_size` behind
+            them (ALBERT). `None`: `hidden_size`, without a projection.
+        embedding_projection_bias (`bool`, defaults to `True`): bias of that projection.
+        embedding_norm (`bool`, defaults to `False`): normalise the sum of the embeddings.
+        type_vocab_size (`int`, defaults to 0): rows of the table for `token_type_ids`; 0: there is none.
+        mlm_head (`str`, defaults to `"linear"`): head of [`LoopedForMaskedLM`]: `linear`, or `transform`, which has a
+            dense layer, an activation, a norm and an output bias (ALBERT, BERT).
         embedding_scale, logit_scale (`float`, default to 1): factors on the embeddings and on the logits.
         final_logit_softcapping (`float`, *optional*): c in c * tanh(logits / c), after the scale.
         injection (`dict` or `str`, defaults to `"diagonal"`): how the prelude enters each loop: `none`, `add`,
@@ -161,14 +217,23 @@ class LoopedConfig(PreTrainedConfig):
         loop_adapter (`dict` or `str`, defaults to `"none"`): low-rank weights per loop: `none` or `lora`
             [loop_adapter.py].
         halting (`dict` or `str`, defaults to `"none"`): which loop's state each token is read from: `none`,
-            `state_change`, `gate` or `act` [halting.py].
+            `state_change`, `gate` or `act` [halting.py]; or which tokens take part in a loop: `expert_choice` or
+            `token_choice` [routing.py].
         readout (`dict` or `str`, defaults to `"none"`): map from the last state to the coda: `none` or `linear`
             [readout.py].
+        value_embedding (`dict` or `str`, defaults to `"none"`): token embeddings that are added to attention values:
+            `none` or `gated` [value_embedding.py].
+        schedule (`dict` or `str`, defaults to `"flat"`): order of the core's layers and the states they work on:
+            `flat` or `nested` [schedule.py].
+        prefix_lm (`bool`, defaults to `False`): let the tokens whose `token_type_ids` are 1 see each other in both
+            directions, in a call without a cache or on an empty one.
         backprop_loops (`int`, *optional*): in training, only the last so many loops keep a graph (truncated
             backpropagation). `None`: all.
         checkpoint_granularity (`str`, defaults to `"layer"`): what gradient checkpointing, once enabled, recomputes at
             a time: each `layer`, or each whole `loop` of the core (memory then hardly grows with the loop count).
         initializer_range (`float`, defaults to 0.02): standard deviation of the initialisation.
+        sequence_pooling (`str`, defaults to `"last_token"`): what [`LoopedForSequenceClassification`] reads: the
+            `last_token`, or the `first_token` through a dense layer with tanh (ALBERT, BERT).
         classifier_dropout (`float`, defaults to 0.1): dropout before the token-classification head.
 
     Example:
@@ -195,17 +260,28 @@ class LoopedConfig(PreTrainedConfig):
     num_coda_layers: int = 2
     num_loops: int = 4
     max_trained_loops: int | None = None
+    core_group_size: int | None = None
+    kv_sharing: str = "none"
     num_hidden_layers: Derived = None
     num_attention_heads: int = 12
     num_key_value_heads: Derived = None
     head_dim: Derived = None
+    core_hidden_size: int | None = None
+    core_intermediate_size: int | None = None
+    core_num_attention_heads: int | None = None
+    core_num_key_value_heads: int | None = None
     hidden_act: str = "silu"
     mlp_type: str = "gated"
+    mlp_output_act: str | None = None
     attention_bias: bool = False
+    attention_value_bias: Derived = None
     attention_output_bias: bool = False
     mlp_bias: bool = False
     attention_dropout: float | int = 0.0
+    attention_gate: str = "none"
+    qkv_clip: float | int | None = None
     qk_norm: str = "none"
+    norm_type: str = "rms"
     norm_placement: str = "pre"
     final_norm: str = "end"
     prelude_norm: bool = True
@@ -214,8 +290,15 @@ class LoopedConfig(PreTrainedConfig):
     layer_types: Derived = None
     sliding_window: int | None = None
     is_causal: bool = True
+    prefix_lm: bool = False
     max_position_embeddings: int = 2048
     rope_parameters: RopeParameters | dict | None = None
+    position_embedding: str = "rope"
+    embedding_size: int | None = None
+    embedding_projection_bias: bool = True
+    embedding_norm: bool = False
+    type_vocab_size: int = 0
+    mlm_head: str = "linear"
     embedding_scale: float | int = 1.0
     logit_scale: float | int = 1.0
     final_logit_softcapping: float | int | None = None
@@ -226,6 +309,8 @@ class LoopedConfig(PreTrainedConfig):
     loop_adapter: Spec = "none"
     halting: Spec = "none"
     readout: Spec = "none"
+    value_embedding: Spec = "none"
+    schedule: Spec = "flat"
     backprop_loops: int | None = None
     checkpoint_granularity: str = "layer"
     initializer_range: float = 0.02
@@ -234,6 +319,7 @@ class LoopedConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     tie_word_embeddings: bool = False
+    sequence_pooling: str = "last_token"
     classifier_dropout: float | int = 0.1
 
     def __post_init__(self, **kwargs):
@@ -242,10 +328,12 @@ class LoopedConfig(PreTrainedConfig):
             self.num_key_value_heads = self.num_attention_heads
         if self.head_dim is None and self.num_attention_heads > 0:
             self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.attention_value_bias is None:
+            self.attention_value_bias = self.attention_bias
         kwargs.setdefault("auto_map", dict(AUTO_MAP))
         given_depth, given_types = self.num_hidden_layers, self.layer_types
         # Lengths that make no sense must reach `validate_*` with their own message, not fail in the arithmetic here.
-        if self._counts_are_valid():
+        if counts_are_valid(self):
             for field, registry in STRATEGY_FIELDS.items():
                 super().__setattr__(field, registry.normalise(getattr(self, field), num_loops=self.num_loops))
             self._derive()
@@ -273,17 +361,17 @@ class LoopedConfig(PreTrainedConfig):
 
         Conditions between several fields wait for `validate`, since they cannot all be written at once.
         """
-        self.validate_counts()
-        self.validate_choices()
+        check_counts(self)
+        check_choices(self)
         if name in ("stored_layer_types", "sliding_window"):
-            self._check_stored_layer_types()
+            check_stored_layer_types(self)
         if name in DEPTH_FIELDS:
             self._derive()
 
     def _derive(self) -> None:
         """Bring the fields that follow from others up to date."""
-        if not self._counts_are_valid():
-            raise ValueError(self._counts_message())
+        if not counts_are_valid(self):
+            raise ValueError(counts_message(self))
         layout = self.slot_layout()
         stored = self.stored_layer_types
         if stored is None:
@@ -294,8 +382,41 @@ class LoopedConfig(PreTrainedConfig):
 
     def slot_layout(self, num_loops: int | None = None) -> SlotLayout:
         """Addresses of all attention invocations at `num_loops` loops (`None`: the config's)."""
-        loops = self.num_loops if num_loops is None else num_loops
-        return SlotLayout(self.num_prelude_layers, self.num_core_layers, self.num_coda_layers, loops)
+        return SlotLayout(
+            self.num_prelude_layers,
+            self.num_core_layers,
+            self.num_coda_layers,
+            self.num_loops if num_loops is None else num_loops,
+            self.core_group_size,
+            self.kv_sharing != "none",
+            # read before the config is complete too, when it may still be a bare name
+            self.schedule.get("inner_loops") if isinstance(self.schedule, dict) else None,
+        )
+
+    def layer_shape(self, layer: int) -> LayerShape:
+        """Sizes of stored layer `layer`."""
+        outer = LayerShape(
+            self.hidden_size,
+            self.intermediate_size,
+            self.num_attention_heads,
+            self.num_key_value_heads,
+            self.head_dim,
+        )
+        if not self.is_core_layer(layer):
+            return outer
+        heads = self.core_num_attention_heads or outer.num_attention_heads
+        return LayerShape(
+            self.state_size,
+            self.core_intermediate_size or outer.intermediate_size,
+            heads,
+            self.core_num_key_value_heads or (heads if self.core_num_attention_heads else outer.num_key_value_heads),
+            self.head_dim,
+        )
+
+    @property
+    def state_size(self) -> int:
+        """Width of the state: that of the core's residual stream."""
+        return self.core_hidden_size or self.hidden_size
 
     def slot_of(self, loop: int, layer: int) -> int:
         """Cache slot of stored layer `layer` (numbered as in `model.layers`) in loop `loop`, both from 0."""
@@ -314,6 +435,12 @@ class LoopedConfig(PreTrainedConfig):
         """
         slots = self.slot_layout(num_loops).num_slots
         is_cut = self.num_hidden_layers != self.slot_layout().num_slots
+        if is_cut and self.kv_sharing != "none":
+            raise ValueError(
+                f"kv_sharing={self.kv_sharing!r}: a forward cannot stop after num_hidden_layers="
+                f"{self.num_hidden_layers} slots (assistant_early_exit), since a slot serves all loops of its layer. "
+                "For a cheap drafter use assistant_model=model.with_num_loops(1)."
+            )
         return min(self.num_hidden_layers, slots) if is_cut else slots
 
     @property
@@ -342,13 +469,17 @@ class LoopedConfig(PreTrainedConfig):
         # A norm over all heads' channels and a low-rank adapter work on whole activations, so the projections around
         # them gather; the memory of the weights is still split.
         column, row = "colwise", "rowwise"
-        attention_whole = self.qk_norm == "flat" or self.loop_adapter["type"] != "none"
+        attention_whole = (
+            self.qk_norm == "flat" or self.loop_adapter["type"] != "none" or self.value_embedding["type"] != "none"
+        )
         mlp_whole = self.loop_adapter["type"] != "none"
         whole = ("colwise_gather_output", "rowwise_split_input")
         attention = whole if attention_whole else (column, row)
         mlp = whole if mlp_whole else (column, row)
         plan = {f"layers.*.self_attn.{name}_proj": attention[0] for name in "qkv"}
         plan["layers.*.self_attn.o_proj"] = attention[1]
+        if self.attention_gate != "none":
+            plan["layers.*.self_attn.gate_proj"] = attention[0]
         if self.qk_norm == "per_head" and not attention_whole:
             # each rank's norms see its own heads only, so their gradients are parts of a sum
             plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
@@ -383,64 +514,7 @@ class LoopedConfig(PreTrainedConfig):
         if push_to_hub:  # Transformers' own upload from here would leave out the code, which is older than its look
             self.push_to_hub(kwargs.pop("repo_id", Path(save_directory).name), **kwargs)
 
-    # --- validation: one method per concern, run by `@strict` at construction and before saving ---------------------
-
-    def validate_counts(self) -> None:
-        if not self._counts_are_valid():
-            raise ValueError(self._counts_message())
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-        for name in ("max_trained_loops", "backprop_loops"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be None or at least 1.")
-        # Of a window of 1, Transformers' sliding cache keeps the last 0 tokens, which Python reads as all of them.
-        if self.sliding_window is not None and self.sliding_window < 2:
-            raise ValueError(f"sliding_window={self.sliding_window} must be None or at least 2.")
-
-    def validate_attention(self) -> None:
-        if self.num_attention_heads < 1:
-            raise ValueError(f"num_attention_heads={self.num_attention_heads} must be at least 1.")
-        for name in ("num_key_value_heads", "head_dim"):
-            if not isinstance(getattr(self, name), int) or isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be an integer, or None to follow other fields.")
-        if self.num_key_value_heads < 1:
-            raise ValueError(f"num_key_value_heads={self.num_key_value_heads} must be at least 1.")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
-                f"num_key_value_heads={self.num_key_value_heads}."
-            )
-        if self.head_dim < 2 or self.head_dim % 2:
-            raise ValueError(
-                f"head_dim={self.head_dim} must be an even number of at least 2 (rotary embeddings turn pairs of "
-                f"channels); left out, it is hidden_size={self.hidden_size} / num_attention_heads="
-                f"{self.num_attention_heads}."
-            )
-
-    def validate_choices(self) -> None:
-        for name, allowed in (
-            ("hidden_act", tuple(ACT2FN)),
-            ("mlp_type", ("gated", "plain")),
-            ("qk_norm", QK_NORMS),
-            ("norm_placement", NORM_PLACEMENTS),
-            ("final_norm", FINAL_NORM_PLACEMENTS),
-            ("checkpoint_granularity", ("layer", "loop")),
-        ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of: {', '.join(allowed)}.")
-        if self.final_logit_softcapping is not None and self.final_logit_softcapping <= 0:
-            raise ValueError(f"final_logit_softcapping={self.final_logit_softcapping} must be None or positive.")
-        if self.rms_norm_eps <= 0:
-            raise ValueError(f"rms_norm_eps={self.rms_norm_eps} must be positive.")
-        for name in ("attention_dropout", "classifier_dropout"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1).")
-        for name in ("embedding_scale", "logit_scale"):
-            if not math.isfinite(getattr(self, name)):
-                raise ValueError(f"{name}={getattr(self, name)} must be a finite number.")
-        if not 0.0 <= self.initializer_range < math.inf:
-            raise ValueError(f"initializer_range={self.initializer_range} must be a finite number of at least 0.")
+    # --- validation, run by `@strict` at construction and before saving: see config_checks.py ---------------------
 
     def validate_rope(self) -> None:
         """Refuse what Transformers only warns about, or takes for a model with its own RoPE per layer type."""
@@ -454,74 +528,14 @@ class LoopedConfig(PreTrainedConfig):
         super().validate_rope()
 
     def validate_layer_type(self) -> None:
-        self._check_stored_layer_types()
+        check_stored_layer_types(self)
         super().validate_layer_type()
 
-    def _check_stored_layer_types(self) -> None:
-        if self.stored_layer_types is None:
-            return
-        allowed = ("full_attention", "sliding_attention")
-        if len(self.stored_layer_types) != self.num_stored_layers:
-            raise ValueError(
-                f"stored_layer_types has {len(self.stored_layer_types)} entries; it needs one per stored layer, "
-                f"num_prelude_layers + num_core_layers + num_coda_layers = {self.num_stored_layers}."
-            )
-        for layer_type in self.stored_layer_types:
-            if layer_type not in allowed:
-                raise ValueError(f"stored_layer_types: {layer_type!r} must be one of: {', '.join(allowed)}.")
-        if "sliding_attention" in self.stored_layer_types and self.sliding_window is None:
-            raise ValueError("stored_layer_types names sliding_attention, so sliding_window must be set (in tokens).")
-
-    def validate_prelude_enters(self) -> None:
-        if self.num_core_layers == 0:
-            return
-        injection, state_init = self.injection["type"], self.state_init["type"]
-        if not (INJECTIONS[injection].carries_prelude or STATE_INITS[state_init].carries_prelude):
-            raise ValueError(
-                f"injection={injection!r} with state_init={state_init!r}: the core would never see the tokens. Use "
-                "state_init='input', or an injection."
-            )
-
-    def validate_strategies(self) -> None:
-        if self.num_core_layers == 0:
-            for field, harmless in (("loop_adapter", "none"), ("halting", "none"), ("readout", "none")):
-                if getattr(self, field)["type"] != harmless:
-                    raise ValueError(
-                        f"{field}={getattr(self, field)['type']!r} acts on the core, and num_core_layers=0: "
-                        f"use {harmless!r}."
-                    )
-            return
-        targets = set(self.loop_adapter.get("targets", ()))
-        missing = targets - {"q_proj", "k_proj", "v_proj", "o_proj", *self.mlp_projections}
-        if missing:
-            raise ValueError(
-                f"loop_adapter: targets {sorted(missing)} do not exist with mlp_type={self.mlp_type!r}; "
-                f"its projections are {', '.join(self.mlp_projections)}."
-            )
-
-    def validate_backprop(self) -> None:
-        # Whatever num_loops is here: a forward with more loops than backprop_loops would truncate.
-        if self.backprop_loops is None or self.num_core_layers == 0:
-            return
-        if not INJECTIONS[self.injection["type"]].carries_prelude:
-            raise ValueError(
-                f"backprop_loops={self.backprop_loops} with injection={self.injection['type']!r} would leave the "
-                "embeddings and the prelude without a gradient, since only the first loop sees them; use an injection "
-                "that re-enters the prelude in every loop (diagonal, add, concat), or backprop_loops=None."
-            )
+    def validate_fields(self) -> None:
+        for check in CHECKS:
+            check(self)
 
     # --- helpers -----------------------------------------------------------------------------------------------------
-
-    def _counts_are_valid(self) -> bool:
-        parts = (self.num_prelude_layers, self.num_core_layers, self.num_coda_layers)
-        return min(parts) >= 0 and sum(parts) >= 1 and self.num_loops >= 1
-
-    def _counts_message(self) -> str:
-        return (
-            f"num_prelude_layers={self.num_prelude_layers}, num_core_layers={self.num_core_layers} and "
-            f"num_coda_layers={self.num_coda_layers} must not be negative and must not all be 0, and "
-            f"num_loops={self.num_loops} must be at least 1."
-        )
 
     def _check_keys(self, kwargs: dict[str, Any]) -> None:
         """Refuse a misspelt key, which Transformers would store without a word; warn about one it cannot place.

@@ -18,7 +18,7 @@ from .configuration_looped import LoopedConfig
 from .state_map import Drop, New, Rename, StateMap
 
 #: A bias that one side lacks is one of zeros, so these may be `True` in a stock model where ours says `False`.
-BIASES = ("attention_bias", "attention_output_bias", "mlp_bias")
+BIASES = ("attention_bias", "attention_value_bias", "attention_output_bias", "mlp_bias")
 
 
 class BuiltIn(NamedTuple):
@@ -205,10 +205,19 @@ LLAMA = Family(
     fields={
         **SAME_FIELDS,
         "attention_bias": "attention_bias",
+        "attention_value_bias": "attention_bias",
         "attention_output_bias": "attention_bias",
         "mlp_bias": "mlp_bias",
         "mlp_type": BuiltIn("gated"),
+        "mlp_output_act": BuiltIn(None),
+        "attention_gate": BuiltIn("none"),
+        "qkv_clip": BuiltIn(None),
         "qk_norm": BuiltIn("none"),
+        "norm_type": BuiltIn("rms"),
+        "position_embedding": BuiltIn("rope"),
+        "embedding_size": BuiltIn(None),
+        "embedding_norm": BuiltIn(False),
+        "type_vocab_size": BuiltIn(0),
         "norm_placement": BuiltIn("pre"),
         "is_causal": BuiltIn(True),
         "embedding_scale": BuiltIn(1.0),
@@ -227,6 +236,7 @@ MISTRAL = dataclasses.replace(
     fields={
         **LLAMA.fields,
         "attention_bias": BuiltIn(False),
+        "attention_value_bias": BuiltIn(False),
         "attention_output_bias": BuiltIn(False),
         "mlp_bias": BuiltIn(False),
     },
@@ -238,7 +248,7 @@ MISTRAL = dataclasses.replace(
 QWEN2 = dataclasses.replace(
     MISTRAL,
     model_type="qwen2",
-    fields={**MISTRAL.fields, "attention_bias": BuiltIn(True)},
+    fields={**MISTRAL.fields, "attention_bias": BuiltIn(True), "attention_value_bias": BuiltIn(True)},
     sliding="any",
     not_carried={
         "use_sliding_window": "layer_types and sliding_window have been derived from it",
@@ -252,6 +262,7 @@ QWEN3 = dataclasses.replace(
     fields={
         **QWEN2.fields,
         "attention_bias": "attention_bias",
+        "attention_value_bias": "attention_bias",
         "attention_output_bias": "attention_bias",
         "qk_norm": BuiltIn("per_head"),
     },

@@ -10,10 +10,13 @@ import copy
 import os
 from typing import Any, Self
 
+from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMixin
+from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_looped import LoopedConfig, refuse_foreign_loop_names
+from .inputs import prefix_blocks
 from .slots import checked_num_loops
 
 
@@ -59,6 +62,19 @@ class LoopedGenerationMixin(GenerationMixin):
         # What Transformers remembers to give the next static cache the same shape, and so spare a compilation.
         if "_previous_max_cache_length" in sized.__dict__:
             self._previous_max_cache_length = sized._previous_max_cache_length
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: LoopedConfig,
+        *args: Any,
+        token_type_ids: Tensor | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> Any:
+        """As in Transformers; the masks of the first step show a prefix to itself (`config.prefix_lm`)."""
+        if is_first_iteration:
+            kwargs |= prefix_blocks(config, token_type_ids)
+        return create_masks_for_generate(config, *args, **kwargs)
 
     def _get_candidate_generator(
         self,

@@ -23,6 +23,9 @@ from .registry import Registry, Strategy
 
 INJECTIONS: Registry[Injection] = Registry("injection")
 
+#: (state, loop_idx) -> the core's input.
+Inject = Callable[[Tensor, int], Tensor]
+
 
 class Injection(Strategy):
     """Abstract injection."""
@@ -32,12 +35,13 @@ class Injection(Strategy):
     carries_prelude = True
 
     @abstractmethod
-    def forward(self, prelude: Tensor) -> Callable[[Tensor], Tensor]:
+    def forward(self, prelude: Tensor) -> Inject:
         """Bind the injection to a prelude output [B, S, D].
 
         Returns:
-            the map from a state to the core's input, both [B, S, D]. What is the same in every loop has been computed.
-            Where a model is spread over devices, the state may come from another one than the prelude.
+            the map from a state and the loop it enters (from 0) to the core's input [B, S, D]. What is the same in
+            every loop has been computed. Where a model is spread over devices, the state may come from another one
+            than the prelude.
         """
 
 
@@ -48,8 +52,8 @@ class NoInjection(Injection):
 
     carries_prelude = False
 
-    def forward(self, prelude: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda state: state
+    def forward(self, prelude: Tensor) -> Inject:
+        return lambda state, loop_idx: state
 
 
 @INJECTIONS.register("add")
@@ -57,44 +61,63 @@ class NoInjection(Injection):
 class AddInjection(Injection):
     """x = s + e. The linear part has spectral radius 1: marginally stable."""
 
-    def forward(self, prelude: Tensor) -> Callable[[Tensor], Tensor]:
-        return lambda state: state.to(prelude.device) + prelude
+    def forward(self, prelude: Tensor) -> Inject:
+        return lambda state, loop_idx: state.to(prelude.device) + prelude
 
 
 @INJECTIONS.register("concat", "linear")
 @final
 class ConcatInjection(Injection):
-    """x = W [s ; e], W of shape [D, 2D] with the state's columns first (Huginn's adapter, Parcae's `linear`)."""
+    """x = W [s ; e], W of shape [D, 2D] with the state's columns first (Huginn's adapter, Parcae's `linear`).
+
+    With a state of another width than the prelude's, W is [D_state, D_state + D_prelude].
+    """
 
     @dataclasses.dataclass(frozen=True)
     class Params:
         """Attributes:
         start: what W is at initialisation: `normal` (drawn with the model's initializer_range), `state`
             ([I, 0]: passes the state on) or `prelude` ([0, I]: passes the prelude on).
+        first_loop: `inject`, as in every other loop; or `skip`: the first loop runs on e itself, and the state before
+            it is not read (the `skip-adapter` start of retrofitted recurrence, arXiv 2511.07384).
         """
 
         start: str = "normal"
+        first_loop: str = "inject"
 
         def __post_init__(self):
+            if self.first_loop not in ("inject", "skip"):
+                raise ValueError(f"first_loop={self.first_loop!r} must be one of: inject, skip.")
             if self.start not in ("normal", "state", "prelude"):
                 raise ValueError(f"start={self.start!r} must be one of: normal, state, prelude.")
 
     def __init__(self, params, context):
         super().__init__(params, context)
-        self.weight = nn.Parameter(torch.empty(context.hidden_size, 2 * context.hidden_size))
+        self.weight = nn.Parameter(torch.empty(context.hidden_size, context.hidden_size + context.prelude_size))
 
     def init_weights(self) -> None:
         if self.params.start == "normal":
             init.normal_(self.weight, mean=0.0, std=self.context.initializer_range)
         else:
-            identity, zeros = torch.eye(self.context.hidden_size), torch.zeros(2 * [self.context.hidden_size])
-            halves = (identity, zeros) if self.params.start == "state" else (zeros, identity)
-            init.copy_(self.weight, torch.cat(halves, dim=1))
+            state, prelude = self.context.hidden_size, self.context.prelude_size
+            keep_state = self.params.start == "state"
+            for_state = torch.eye(state) if keep_state else torch.zeros(state, state)
+            for_prelude = torch.zeros(state, prelude) if keep_state else torch.eye(state, prelude)
+            init.copy_(self.weight, torch.cat((for_state, for_prelude), dim=1))
 
-    def forward(self, prelude: Tensor) -> Callable[[Tensor], Tensor]:
-        for_state, for_prelude = self.weight.chunk(2, dim=1)
+    def forward(self, prelude: Tensor) -> Inject:
+        for_state, for_prelude = self.weight.split((self.context.hidden_size, self.context.prelude_size), dim=1)
         injected = F.linear(prelude, for_prelude)
-        return lambda state: F.linear(state.to(injected.device), for_state) + injected
+        skips = self.params.first_loop == "skip"
+
+        def inject(state: Tensor, loop_idx: int) -> Tensor:
+            if skips and loop_idx == 0:
+                # In training `0 * injected` keeps the matrix in the graph of a one-loop run, as DDP and the Trainer
+                # expect.
+                return prelude + 0.0 * injected if self.training else prelude
+            return F.linear(state.to(injected.device), for_state) + injected
+
+        return inject
 
 
 @INJECTIONS.register("diagonal")
@@ -108,7 +131,8 @@ class DiagonalInjection(Injection):
     - `euler` (published): \bar B = \Delta B;
     - `zoh` (the exact zero-order hold of the same system): \bar B = A^{-1} (exp(\Delta A) - I) B.
 
-    B is a [D, D] matrix and starts as the identity; A_log starts at 0 and dt_bias such that \bar A = `initial_decay`.
+    B is a [D, D] matrix ([D_state, D_prelude] where the widths differ) and starts as the identity; A_log starts at 0
+    and dt_bias such that \bar A = `initial_decay`.
     """
 
     @dataclasses.dataclass(frozen=True)
@@ -131,13 +155,13 @@ class DiagonalInjection(Injection):
         super().__init__(params, context)
         self.A_log = nn.Parameter(torch.empty(context.hidden_size))
         self.dt_bias = nn.Parameter(torch.empty(context.hidden_size))
-        self.B = nn.Parameter(torch.empty(context.hidden_size, context.hidden_size))
+        self.B = nn.Parameter(torch.empty(context.hidden_size, context.prelude_size))
 
     def init_weights(self) -> None:
         init.zeros_(self.A_log)
         step = -math.log(self.params.initial_decay)  # A = -1 at the start, so the decay is exp(-step)
         init.constant_(self.dt_bias, math.log(math.expm1(step)))  # the inverse of softplus
-        init.copy_(self.B, torch.eye(self.context.hidden_size))
+        init.copy_(self.B, torch.eye(*self.B.shape))
 
     def rate_and_step(self) -> tuple[Tensor, Tensor]:
         r"""-A and \Delta, both [D], finite and not negative, in fp32: bf16 would round a slow channel's decay to 1."""
@@ -151,7 +175,7 @@ class DiagonalInjection(Injection):
         limits = torch.finfo(dtype)
         return torch.exp(-step * rate).to(dtype).clamp(limits.tiny, 1.0 - limits.eps / 2)
 
-    def forward(self, prelude: Tensor) -> Callable[[Tensor], Tensor]:
+    def forward(self, prelude: Tensor) -> Inject:
         rate, gain = self.rate_and_step()
         if self.params.input_matrix == "zoh":
             # (1 - decay) / rate, written as the step times a factor that is 1 in fp32 for all smaller exponents: the
@@ -160,4 +184,4 @@ class DiagonalInjection(Injection):
             gain = gain * (-torch.expm1(-exponent) / exponent)
         injected = F.linear(prelude, self.B) * gain.to(prelude.dtype)
         decay = self.decay(prelude.dtype)
-        return lambda state: torch.addcmul(injected, state.to(injected.device), decay)
+        return lambda state, loop_idx: torch.addcmul(injected, state.to(injected.device), decay)

@@ -5,15 +5,16 @@ B batch, S tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from .configuration_looped import LoopedConfig
+from .halting import Halting
 from .slots import SlotLayout
 
 MASK_FUNCTIONS = {
@@ -29,10 +30,13 @@ def attention_masks(
     attention_mask: Tensor | dict[str, Any] | None,
     position_ids: Tensor,
     past_key_values: Cache | None,
+    token_type_ids: Tensor | None = None,
 ) -> dict[str, Any]:
     """One mask per attention type in use; every slot of a type sees the same tokens, so all loops share it."""
     if isinstance(attention_mask, dict):  # generate has made them already, for a compiled forward
         return attention_mask
+    starts = past_key_values is None or past_key_values.get_seq_length() == 0
+    prefix: dict[str, Any] = prefix_blocks(config, token_type_ids) if starts else {}
     return {
         layer_type: MASK_FUNCTIONS[layer_type](
             config=config,
@@ -40,6 +44,7 @@ def attention_masks(
             attention_mask=attention_mask,
             past_key_values=past_key_values,
             position_ids=position_ids,
+            **prefix,
         )
         for layer_type in dict.fromkeys(layer_types)
     }
@@ -55,6 +60,45 @@ def refuse_foreign_cache(cache: Cache, num_slots: int, layout: SlotLayout) -> No
         f"num_loops={layout.loops} needs a cache of {num_slots} slots (one per loop and layer) and this one has "
         f"{held}: a cache belongs to one loop count. Start a new cache, or pass the num_loops it was made with."
     )
+
+
+def prefix_blocks(config: LoopedConfig, token_type_ids: Tensor | None) -> dict[str, Tensor]:
+    """The argument of Transformers' mask functions that lets tokens of type 1 see each other (`config.prefix_lm`)."""
+    if not config.prefix_lm or token_type_ids is None:
+        return {}
+    return {"block_sequence_ids": torch.where(token_type_ids == 1, 0, -1)}
+
+
+def valid_tokens(inputs_embeds: Tensor, attention_mask: Any) -> Tensor:
+    """The tokens of this call that are not padding, bool [B, S]; all, unless a 2-D mask says otherwise."""
+    batch, length = inputs_embeds.shape[:2]
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        return attention_mask[:, -length:].to(device=inputs_embeds.device, dtype=torch.bool)
+    return torch.ones(batch, length, dtype=torch.bool, device=inputs_embeds.device)
+
+
+def refuse_what_cannot_route(
+    config: LoopedConfig, halting: Halting, cache: Cache | None, kwargs: Mapping[str, Any]
+) -> None:
+    """Raise ValueError where a router's choices would be lost: in attention that takes no mask of ours, in caches that
+    round keys or that only the attention function sees, and, where the choice looks ahead, in any cache.
+    """
+    rule = f"halting={config.halting['type']!r}"
+    # trf-ignore: TRF051 (nothing is dispatched on it: a combination that would be wrong is refused)
+    if config._attn_implementation not in (None, "eager", "sdpa"):
+        raise ValueError(
+            f"{rule} with attn_implementation={config._attn_implementation!r}: a token that sits out a loop is hidden "
+            "by a mask, which eager and sdpa attention take."
+        )
+    if halting.reads_whole_sequence and cache is not None:
+        raise ValueError(
+            f"{rule} with selection='top_k' looks at the whole sequence: a step on a cache would choose otherwise. "
+            "Pass use_cache=False, or set selection='threshold'."
+        )
+    if kwargs.get("cache") is not None or any(
+        isinstance(layer, QuantizedLayer) for layer in getattr(cache, "layers", ())
+    ):
+        raise ValueError(f"{rule} works with dynamic, static and offloaded caches, not with paged or quantised ones.")
 
 
 def refuse_cache_in_recompute() -> None:

@@ -118,3 +118,20 @@ class LoopLoRA(nn.Module):
     def extra_repr(self) -> str:
         loops, rank, in_features = self.A.shape
         return f"{in_features} -> {self.B.shape[1]}, rank={rank}, table_loops={loops}, scale={self.scale}"
+
+
+def build_adapters(module: nn.Module, names: tuple[str, ...], adapter: LoopAdapter | None) -> nn.ModuleDict:
+    """The loop adapters beside the projections `names` of `module`; empty where the adapter does not act."""
+    adapters = nn.ModuleDict()
+    if adapter is not None:
+        for name in names:
+            out_features, in_features = module.get_parameter(f"{name}.weight").shape
+            built = adapter.for_projection(name, in_features, out_features)
+            if built is not None:
+                adapters[name] = built
+    return adapters
+
+
+def add_adapter(adapters: nn.ModuleDict, name: str, output: Tensor, inputs: Tensor, loop_idx: int) -> Tensor:
+    """The projection's `output` plus what its loop adapter, if there is one, makes of the same `inputs`."""
+    return output + adapters[name](inputs, loop_idx) if name in adapters else output

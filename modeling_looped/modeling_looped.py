@@ -16,31 +16,48 @@ from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_outputs import MaskedLMOutput
+from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutputWithPast
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention import LoopedAttention
 from .conditioning import LOOP_CONDITIONINGS
 from .configuration_looped import LoopedConfig, refuse_foreign_loop_names
+from .embeddings import LoopedEmbeddingMixin
 from .generation import LoopedGenerationMixin
-from .halting import HALTINGS, Readings
-from .injection import INJECTIONS
-from .inputs import attention_masks, default_position_ids, refuse_cache_in_recompute, refuse_foreign_cache
-from .layers import LoopedAttention, LoopedDecoderLayer, LoopedRMSNorm, LoopedRotaryEmbedding
+from .halting import HALTINGS, Readings, Route, Step
+from .heads import FirstTokenPooler, LoopedHeadMixin, MaskedLMTransform
+from .injection import INJECTIONS, Inject
+from .inputs import (
+    attention_masks,
+    default_position_ids,
+    refuse_cache_in_recompute,
+    refuse_foreign_cache,
+    refuse_what_cannot_route,
+    valid_tokens,
+)
+from .layers import KeyValue, LoopedDecoderLayer
 from .loop_adapter import LOOP_ADAPTERS, LoopLoRA
 from .loop_update import LOOP_UPDATES
+from .norms import build_norm
 from .outputs import NO_FIELD, LoopedCausalLMOutput, LoopedModelOutput, hidden_states_of_the_call
 from .peft_defaults import offer_peft_defaults
 from .readout import READOUTS
 from .registry import BuildContext, Strategy
-from .slots import SlotLayout, checked_num_loops
+from .rotary import LoopedRotaryEmbedding
+from .schedule import SCHEDULES
+from .slots import SlotLayout, Turn, checked_num_loops
 from .state import STATE_INITS
 from .unrolling import unroll
+from .value_embedding import VALUE_EMBEDDINGS
 
 logger = logging.get_logger(__name__)
+
+#: What running layers gives: the residual stream, and the keys and values that their later loops read again.
+LayersOutput = tuple[Tensor, tuple[KeyValue, ...]]
 
 
 @auto_docstring
@@ -116,38 +133,51 @@ class LoopedPreTrainedModel(PreTrainedModel):
 
 
 @auto_docstring
-class LoopedModel(LoopedPreTrainedModel):
+class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
     def __init__(self, config: LoopedConfig):
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.build_embeddings(config)
 
         context = BuildContext(
-            hidden_size=config.hidden_size,
+            hidden_size=config.state_size,
             num_core_layers=config.num_core_layers,
             initializer_range=config.initializer_range,
             rms_norm_eps=config.rms_norm_eps,
+            outer_size=config.hidden_size,
+            vocab_size=config.vocab_size,
+            layer_shapes=tuple(map(config.layer_shape, range(config.num_stored_layers))),
         )
         conditioning = LOOP_CONDITIONINGS.build(config.loop_conditioning, context)
         adapter = LOOP_ADAPTERS.build(config.loop_adapter, context)
+        self.value_embeddings = VALUE_EMBEDDINGS.build(config.value_embedding, context)
         # One list of the stored layers, so that the names, plans and regular expressions that the ecosystem writes for
         # `model.layers.<i>` mean the physical layers here too.
         self.layers = nn.ModuleList(
-            LoopedDecoderLayer(config, layer, conditioning.norm_rows, adapter)
-            if config.is_core_layer(layer)
-            else LoopedDecoderLayer(config, layer)
+            LoopedDecoderLayer(
+                config,
+                layer,
+                conditioning.norm_rows if config.is_core_layer(layer) else None,
+                adapter if config.is_core_layer(layer) else None,
+                self.value_embeddings.gate(layer),
+            )
             for layer in range(config.num_stored_layers)
         )
+
+        def norm() -> nn.Module:
+            return build_norm(config.norm_type, config.hidden_size, config.rms_norm_eps)
+
         if config.num_core_layers > 0:
-            self.prelude_norm = LoopedRMSNorm(config.hidden_size, config.rms_norm_eps) if config.prelude_norm else None
+            self.prelude_norm = norm() if config.prelude_norm else None
             self.injection = INJECTIONS.build(config.injection, context)
             self.state_init = STATE_INITS.build(config.state_init, context)
             self.loop_update = LOOP_UPDATES.build(config.loop_update, context)
             self.loop_conditioning = conditioning
             self.halting = HALTINGS.build(config.halting, context)
+            self.schedule = SCHEDULES.build(config.schedule, context)
             self.readout = READOUTS.build(config.readout, context)
-        self.norm = LoopedRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = nn.Identity() if config.final_norm == "none" else norm()
         self.rotary_emb = LoopedRotaryEmbedding(config)
         self.stored_types = [config.stored_layer_type(layer) for layer in range(config.num_stored_layers)]
         self.gradient_checkpointing = False
@@ -166,6 +196,7 @@ class LoopedModel(LoopedPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         num_loops: int | None = None,
         initial_state: torch.FloatTensor | None = None,
         output_loop_hidden_states: bool = False,
@@ -174,7 +205,7 @@ class LoopedModel(LoopedPreTrainedModel):
         r"""
         num_loops (`int`, *optional*):
             How often the core runs in this call; `None`: `config.num_loops`. A cache belongs to one loop count.
-        initial_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+        initial_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, state_size)`, *optional*):
             State before the first loop, in place of what `config.state_init` makes.
         output_loop_hidden_states (`bool`, *optional*, defaults to `False`):
             Whether to return `loop_hidden_states`, the state before the first loop and after each one.
@@ -183,12 +214,17 @@ class LoopedModel(LoopedPreTrainedModel):
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         layout = self._layout(num_loops)
+        token_values = self.value_embeddings(input_ids)
         embeds: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if self.config.embedding_scale != 1.0:
-            embeds = embeds * self.config.embedding_scale
 
         if not self.config.is_causal:
             use_cache, past_key_values = False, None
+        valid = None
+        if layout.core and self.halting.routes:
+            if self.halting.reads_whole_sequence and past_key_values is None:
+                use_cache = False
+            refuse_what_cannot_route(self.config, self.halting, past_key_values, kwargs)
+            valid = valid_tokens(embeds, attention_mask)
         given_cache = past_key_values
         if use_cache and past_key_values is None:
             sized = self.config if layout.loops == self.config.num_loops else self.config.with_num_loops(layout.loops)
@@ -204,14 +240,21 @@ class LoopedModel(LoopedPreTrainedModel):
             positions = default_position_ids(embeds, attention_mask, given_cache, kwargs.get("cu_seq_lens_q"))
         # Only the caller's cache: the mask functions look for packed sequences where there is none, and one made above
         # is still empty.
-        masks = attention_masks(self.config, self.stored_types, embeds, attention_mask, positions, given_cache)
-        cos, sin = self.rotary_emb(embeds, positions)
+        masks = attention_masks(
+            self.config, self.stored_types, embeds, attention_mask, positions, given_cache, token_type_ids
+        )
+        embeds = self.embed(embeds, positions, token_type_ids)
+        rotary = None
+        if self.config.position_embedding == "rope":
+            cos, sin = self.rotary_emb(embeds, positions)
+            rotary = (cos.unsqueeze(1), sin.unsqueeze(1))  # one for all heads
         run = partial(
             self._run_layers,
             layout=layout,
             num_slots=num_slots,
             masks=masks,
-            position_embeddings=(cos.unsqueeze(1), sin.unsqueeze(1)),  # one for all heads
+            token_values=token_values,
+            position_embeddings=rotary,
             position_ids=positions,
             past_key_values=past_key_values,
             use_cache=use_cache,
@@ -219,22 +262,32 @@ class LoopedModel(LoopedPreTrainedModel):
         )
 
         prelude, core, coda = layout.stored_ranges()
-        hidden_states, states, exit_loops = run(embeds, prelude), None, None
+        (hidden_states, _), states, readings = run(embeds, prelude), None, None
         if core:
             readings, states = self._run_loops(
-                hidden_states, initial_state, positions, num_slots, layout, run, keep_states=output_loop_hidden_states
+                hidden_states,
+                initial_state,
+                positions,
+                valid,
+                num_slots,
+                layout,
+                run,
+                keep_states=output_loop_hidden_states,
             )
-            hidden_states, exit_loops = self.readout(readings.output), readings.exit_loops
+            hidden_states = self.readout(readings.output)
             if self.config.final_norm == "after_loops":
                 hidden_states = self.norm(hidden_states)
-        hidden_states = run(hidden_states, coda)
+        hidden_states, _ = run(hidden_states, coda)
         if not core or coda or self.config.final_norm != "every_loop":
             hidden_states = self.norm(hidden_states)
         return LoopedModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
             loop_hidden_states=states if output_loop_hidden_states else None,
-            exit_loops=exit_loops,
+            exit_loops=None if readings is None else readings.exit_loops,
+            exit_probabilities=torch.stack(readings.probabilities, dim=-1)
+            if readings is not None and readings.probabilities
+            else None,
         )
 
     def _run_loops(
@@ -242,9 +295,10 @@ class LoopedModel(LoopedPreTrainedModel):
         prelude: Tensor,
         initial_state: Tensor | None,
         positions: Tensor,
+        valid: Tensor | None,
         num_slots: int,
         layout: SlotLayout,
-        run: Callable[..., Tensor],
+        run: Callable[..., LayersOutput],
         keep_states: bool,
     ) -> tuple[Readings, tuple[Tensor, ...]]:
         """The recurrence. Returns what is read from it, and the states before the first loop and after each one (only
@@ -257,48 +311,98 @@ class LoopedModel(LoopedPreTrainedModel):
         step = self._step
         if self.gradient_checkpointing and self.training and self.config.checkpoint_granularity == "loop":
             step = partial(self._gradient_checkpointing_func, step)
-        loops = layout.loops_within(num_slots)
-        # Truncated backpropagation: the leading loops only find a state to start from.
-        detached = loops - (self.config.backprop_loops or loops) if self.training else 0
 
-        states, readings = (state,), self.halting.start(state)
-        for loop_idx in range(loops):
-            with torch.set_grad_enabled(torch.is_grad_enabled() and loop_idx >= detached):
-                state = step(state, inject, loop_idx, layout, run)
-                before = (readings.to(state.device), states[-1].to(state.device))
-                readings = self.halting(*before, state, loop_idx, loop_idx == loops - 1)
-            states = (*states, state) if keep_states else (state,)
-        return readings, states
+        turns = layout.turns(num_slots)
+        # Truncated backpropagation: the leading loops only find a state to start from.
+        detached = layout.loops - (self.config.backprop_loops or layout.loops) if self.training else 0
+        kept, readings, streams = (state,), self.halting.start(state), self.schedule.start(state)
+        key_values: tuple[KeyValue, ...] = ()
+        for turn in turns:
+            if turn.loop == 0:
+                key_values = ()
+            with torch.set_grad_enabled(torch.is_grad_enabled() and turn.outer_loop >= detached):
+                route = None if valid is None else self.halting.route(readings, streams[0], turn.loop, valid)
+                entering = self.schedule.read(streams, turn.state)
+                taken, key_values = step(
+                    entering, streams[turn.state], inject, turn, layout, run, positions, key_values, route
+                )
+                streams = (*streams[: turn.state], taken.state, *streams[turn.state + 1 :])
+                if turn.ends_loop:
+                    is_last = turn is turns[-1]
+                    readings = self.halting(readings.to(taken.state.device), taken, turn.outer_loop, is_last)
+                    kept = (*kept, taken.state) if keep_states else kept
+        return readings, kept
 
     def _step(
-        self, state: Tensor, inject: Callable[[Tensor], Tensor], loop_idx: int, layout: SlotLayout, run: Callable
-    ) -> Tensor:
-        """One loop: [B, S, D] -> [B, S, D]."""
-        _, core, _ = layout.stored_ranges()
-        output = run(self.loop_conditioning(inject(state), loop_idx), core, loop_idx)
+        self,
+        entering: Tensor,
+        previous: Tensor,
+        inject: Inject,
+        turn: Turn,
+        layout: SlotLayout,
+        run: Callable[..., LayersOutput],
+        positions: Tensor,
+        key_values: tuple[KeyValue, ...],
+        route: Route | None,
+    ) -> tuple[Step, tuple[KeyValue, ...]]:
+        """One turn: from what enters it and the state that it will replace, both [B, S, D], and the keys and values
+        that loops share.
+        """
+        core_input = self.loop_conditioning(inject(entering, turn.loop), turn.loop, positions)
+        active = {} if route is None else {"active": route.active}
+        output, key_values = run(core_input, turn.layers, turn.loop, key_values, **active)
         # The core may end on another device than it started on.
-        state = self.loop_update(state.to(output.device), output, loop_idx, layout.loops)
-        return self.norm(state) if self.config.final_norm == "every_loop" else state
+        previous, core_input = previous.to(output.device), core_input.to(output.device)
+        state = self.loop_update(previous, output, turn.loop, layout.loops)
+        if self.config.final_norm == "every_loop":
+            state = self.norm(state).to(output.device)
+        if route is None:
+            return Step(previous, core_input, state), key_values
+        route = route.to(output.device)
+        return Step(previous, core_input, self.halting.merge(route, previous, state), route.active), key_values
 
     def _run_layers(
         self,
         hidden_states: Tensor,
         layers: range,
         loop_idx: int = 0,
+        key_values: tuple[KeyValue, ...] = (),
         *,
         layout: SlotLayout,
         num_slots: int,
         masks: dict[str, Any],
+        token_values: dict[int, Tensor],
         **kwargs: Any,
-    ) -> Tensor:
-        """Stored layers `layers`, in loop `loop_idx`, as far as the first `num_slots` slots go."""
-        for index in layers:
+    ) -> LayersOutput:
+        """Stored layers `layers`, in loop `loop_idx`, as far as the first `num_slots` slots go.
+
+        Args:
+            hidden_states: [B, S, D].
+            layers: stored layers.
+            loop_idx: from 0.
+            key_values: where loops share keys and values, what the first loop of each of these layers attended to.
+            layout, num_slots, masks, token_values, kwargs: of the forward.
+
+        Returns:
+            [B, S, D], and the keys and values for the next loop (none where loops do not share them).
+        """
+        attended: list[KeyValue] = []
+        for position, index in enumerate(layers):
             slot = layout.slot(index, loop_idx)
             if slot >= num_slots:
                 break
+            layer = self.layers[index]
+            if token_values:
+                kwargs["token_value"] = token_values.get(index)
+            shared = (key_values[position],) if key_values else ()
             mask = masks[self.stored_types[index]]
-            hidden_states = self.layers[index](hidden_states, slot, loop_idx, attention_mask=mask, **kwargs)
-        return hidden_states
+            output = layer(hidden_states, slot, loop_idx, *shared, attention_mask=mask, **kwargs)
+            if layer.shares_key_values:
+                hidden_states, key_value = output
+                attended.append(key_value)
+            else:
+                hidden_states = output
+        return hidden_states, key_values or tuple(attended)
 
     def _layout(self, num_loops: int | None) -> SlotLayout:
         """Slots of a call with `num_loops` loops, after checking it."""
@@ -310,21 +414,6 @@ class LoopedModel(LoopedPreTrainedModel):
                 "trained with; it may get worse instead of better."
             )
         return self.config.slot_layout(num_loops)
-
-
-class LoopedHeadMixin:
-    """What the language-model heads share: hidden states to logits."""
-
-    config: LoopedConfig
-    lm_head: nn.Linear
-
-    def to_logits(self, hidden_states: Tensor) -> Tensor:
-        """[B, S, D] -> [B, S, vocabulary], scaled and soft-capped as the config says."""
-        logits = self.lm_head(hidden_states)
-        if self.config.logit_scale != 1.0:
-            logits = logits * self.config.logit_scale
-        cap = self.config.final_logit_softcapping
-        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 @auto_docstring
@@ -356,6 +445,7 @@ class LoopedForCausalLM(LoopedHeadMixin, LoopedGenerationMixin, LoopedPreTrained
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         num_loops: int | None = None,
         initial_state: torch.FloatTensor | None = None,
@@ -365,7 +455,7 @@ class LoopedForCausalLM(LoopedHeadMixin, LoopedGenerationMixin, LoopedPreTrained
         r"""
         num_loops (`int`, *optional*):
             How often the core runs in this call; `None`: `config.num_loops`. A cache belongs to one loop count.
-        initial_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, hidden_size)`, *optional*):
+        initial_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, state_size)`, *optional*):
             State before the first loop, in place of what `config.state_init` makes.
         output_loop_hidden_states (`bool`, *optional*, defaults to `False`):
             Whether to return `loop_hidden_states`, the state before the first loop and after each one.
@@ -389,6 +479,7 @@ class LoopedForCausalLM(LoopedHeadMixin, LoopedGenerationMixin, LoopedPreTrained
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            token_type_ids=token_type_ids,
             num_loops=num_loops,
             initial_state=initial_state,
             output_loop_hidden_states=output_loop_hidden_states,
@@ -407,6 +498,7 @@ class LoopedForCausalLM(LoopedHeadMixin, LoopedGenerationMixin, LoopedPreTrained
             attentions=outputs.attentions,
             loop_hidden_states=outputs.loop_hidden_states,
             exit_loops=outputs.exit_loops,
+            exit_probabilities=outputs.exit_probabilities,
         )
 
     def unroll(self, num_loops: int | None = None, *, family: str | None = None) -> PreTrainedModel:
@@ -438,7 +530,10 @@ class LoopedForMaskedLM(LoopedHeadMixin, LoopedPreTrainedModel):
                 "is_causal=True: LoopedForMaskedLM sees both sides of a token; make the config with is_causal=False."
             )
         self.model = LoopedModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        transforms = config.mlm_head == "transform"
+        self.head_transform = MaskedLMTransform(config) if transforms else None
+        width = (config.embedding_size or config.hidden_size) if transforms else config.hidden_size
+        self.lm_head = nn.Linear(width, config.vocab_size, bias=transforms)
         self.post_init()
 
     @can_return_tuple
@@ -468,6 +563,8 @@ class LoopedForMaskedLM(LoopedHeadMixin, LoopedPreTrainedModel):
             **kwargs,  # pyright: ignore[reportCallIssue] (the same list)
         )
         hidden_states: Any = outputs.last_hidden_state
+        if self.head_transform is not None:
+            hidden_states = self.head_transform(hidden_states)
         logits = self.to_logits(hidden_states)
         loss = None
         if labels is not None:
@@ -491,8 +588,40 @@ class LoopedForSequenceClassification(GenericForSequenceClassification, LoopedPr
         LoopedPreTrainedModel.__init__(self, config)
         self.num_labels = config.num_labels or 2
         self.model = LoopedModel(config)
-        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        pools = config.sequence_pooling == "first_token"
+        self.pooler = FirstTokenPooler(config) if pools else None
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=pools)
         self.post_init()
+
+    @can_return_tuple
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
+    ) -> SequenceClassifierOutputWithPast:
+        r"""
+        labels (`torch.LongTensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
+            Classes or, for one label, numbers to regress to.
+        """
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        if self.pooler is None:  # the last token, as in every decoder
+            return super().forward(*inputs, labels, use_cache, **kwargs)  # pyright: ignore[reportCallIssue] (the list)
+        outputs: LoopedModelOutput = self.model(*inputs, use_cache, **kwargs)
+        hidden_states: Any = outputs.last_hidden_state
+        logits = self.score(self.pooler(hidden_states, valid_tokens(hidden_states, attention_mask)))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 @auto_docstring

@@ -29,10 +29,13 @@ class LoopedModelOutput(BaseModelOutputWithPast):
             the state before the first loop and after each one, T + 1 tensors of shape [B, S, D].
         exit_loops (`torch.LongTensor` of shape [B, S], *optional*, if `config.halting` chooses):
             number of loops after which each token halted.
+        exit_probabilities (`torch.FloatTensor` of shape [B, S, T], *optional*, as above):
+            each token's distribution of exits over the loops, fp32.
     """
 
     loop_hidden_states: tuple[Tensor, ...] | None = None
     exit_loops: Tensor | None = None
+    exit_probabilities: Tensor | None = None
 
 
 # trf-ignore: TRF057 (described in full by hand)
@@ -45,10 +48,13 @@ class LoopedCausalLMOutput(CausalLMOutputWithPast):
             the state before the first loop and after each one, T + 1 tensors of shape [B, S, D].
         exit_loops (`torch.LongTensor` of shape [B, S], *optional*, if `config.halting` chooses):
             number of loops after which each token halted.
+        exit_probabilities (`torch.FloatTensor` of shape [B, S, T], *optional*, as above):
+            each token's distribution of exits over the loops, fp32.
     """
 
     loop_hidden_states: tuple[Tensor, ...] | None = None
     exit_loops: Tensor | None = None
+    exit_probabilities: Tensor | None = None
 
 
 def hidden_states_of_the_call(forward: Callable) -> Callable:
@@ -60,7 +66,9 @@ def hidden_states_of_the_call(forward: Callable) -> Callable:
         if selected is not None:
             num_loops = kwargs.get("num_loops")
             num_loops = self.config.num_loops if num_loops is None else checked_num_loops(num_loops)
-            indices = range(self.config.slots_to_run(num_loops) + 1)
+            layout = self.config.slot_layout(num_loops)
+            cut = layout.num_slots - self.config.slots_to_run(num_loops)  # early exit
+            indices = range(layout.num_invocations - cut + 1)
             kwargs["output_hidden_states"] = [indices[i] for i in selected if -len(indices) <= i < len(indices)]
         return forward(self, *args, **kwargs)
 

@@ -35,14 +35,14 @@ class NoReadout(Readout):
 @READOUTS.register("linear")
 @final
 class LinearReadout(Readout):
-    """C s with a [D, D] matrix that starts as the identity."""
+    """C s with a [D, D] matrix ([D_coda, D_state] where the widths differ) that starts as the identity."""
 
     def __init__(self, params, context):
         super().__init__(params, context)
-        self.weight = nn.Parameter(torch.empty(context.hidden_size, context.hidden_size))
+        self.weight = nn.Parameter(torch.empty(context.prelude_size, context.hidden_size))
 
     def init_weights(self) -> None:
-        init.copy_(self.weight, torch.eye(self.context.hidden_size))
+        init.copy_(self.weight, torch.eye(*self.weight.shape))
 
     def forward(self, state: Tensor) -> Tensor:
         return F.linear(state, self.weight)

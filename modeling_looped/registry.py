@@ -16,9 +16,25 @@ import types
 import typing
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from torch import nn
+
+
+class LayerShape(NamedTuple):
+    """Sizes of one stored layer.
+
+    Attributes:
+        hidden_size: width D of the residual stream it works on.
+        intermediate_size: width of its MLP.
+        num_attention_heads, num_key_value_heads, head_dim: of its attention.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,16 +42,27 @@ class BuildContext:
     """What a strategy may know of the model it is built for.
 
     Attributes:
-        hidden_size: width D of the residual stream.
+        hidden_size: width D of the state.
         num_core_layers: layers R inside one loop.
         initializer_range: standard deviation of the model's normal initialisation.
         rms_norm_eps: epsilon of the model's norms.
+        outer_size: width of prelude and coda; `None`: that of the state.
+        vocab_size: number of tokens.
+        layer_shapes: sizes of every stored layer.
     """
 
     hidden_size: int
     num_core_layers: int
     initializer_range: float
     rms_norm_eps: float
+    outer_size: int | None = None
+    vocab_size: int = 0
+    layer_shapes: tuple[LayerShape, ...] = ()
+
+    @property
+    def prelude_size(self) -> int:
+        """Width of what the prelude gives and the coda takes."""
+        return self.hidden_size if self.outer_size is None else self.outer_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,4 +211,4 @@ def check_table_loops(table_loops: int | None) -> None:
         raise ValueError(f"table_loops={table_loops!r} must be None (the loop count) or an integer of at least 1.")
 
 
-__all__ = ["BuildContext", "NoParams", "Registry", "Strategy", "check_table_loops", "table_row"]
+__all__ = ["BuildContext", "LayerShape", "NoParams", "Registry", "Strategy", "check_table_loops", "table_row"]

@@ -47,41 +47,74 @@ class ZeroState(StateInit):
     """s_0 = 0."""
 
     def forward(self, prelude: Tensor, position_ids: Tensor) -> Tensor:
-        return torch.zeros_like(prelude)
+        return prelude.new_zeros(*prelude.shape[:-1], self.context.hidden_size)
+
+
+class RandomState(StateInit):
+    """Abstract random start.
+
+    In training every forward draws afresh from torch's generator, as the papers do. In evaluation the draw is a
+    function of (seed, position, channel) alone.
+    """
+
+    def uniform(self, prelude: Tensor, position_ids: Tensor) -> Tensor:
+        """Numbers in (0, 1), fp32 [B, S, D]."""
+        width = self.context.hidden_size
+        if self.training:
+            drawn = torch.rand(*prelude.shape[:-1], width, dtype=torch.float32, device=prelude.device)
+            return drawn.clamp_min(2.0**-25)  # torch may draw 0, of which a normal without a cut makes -infinity
+        position_ids = position_ids.to(prelude.device).expand(prelude.shape[:2])
+        return keyed_uniform(self.params.seed, position_ids, width)
 
 
 @STATE_INITS.register("normal")
 @final
-class NormalState(StateInit):
-    """s_0 ~ truncated normal, cut at three standard deviations (Huginn, Parcae's `like-init`).
-
-    In training every forward draws afresh from torch's generator, as those papers do. In evaluation the draw is a
-    function of (seed, position, channel) alone.
-    """
+class NormalState(RandomState):
+    """s_0 ~ normal, truncated at three standard deviations (Huginn, Parcae's `like-init`) or elsewhere, or not."""
 
     @dataclasses.dataclass(frozen=True)
     class Params:
         """Attributes:
         std: standard deviation before truncation.
         seed: key of the draw in evaluation.
+        truncation: where the distribution is cut, in standard deviations; `None`: nowhere.
         """
 
         std: float = 0.02
         seed: int = 0
+        truncation: float | None = 3.0
 
         def __post_init__(self):
             if not self.std >= 0.0:
                 raise ValueError(f"std={self.std!r} must not be negative.")
             if not isinstance(self.seed, int):
                 raise ValueError(f"seed={self.seed!r} must be an integer.")
+            if self.truncation is not None and not 0.0 < self.truncation < math.inf:
+                raise ValueError(f"truncation={self.truncation!r} must be None or a positive number.")
 
     def forward(self, prelude: Tensor, position_ids: Tensor) -> Tensor:
-        if self.training:
-            uniform = torch.rand(prelude.shape, dtype=torch.float32, device=prelude.device)
-        else:
-            position_ids = position_ids.to(prelude.device).expand(prelude.shape[:2])
-            uniform = keyed_uniform(self.params.seed, position_ids, prelude.shape[-1])
-        return (self.params.std * truncated_normal(uniform)).to(prelude.dtype)
+        uniform = self.uniform(prelude, position_ids)
+        cut = math.inf if self.params.truncation is None else self.params.truncation
+        return (self.params.std * truncated_normal(uniform, cut=cut)).to(prelude.dtype)
+
+
+@STATE_INITS.register("unit_normal")
+@final
+class UnitNormalState(RandomState):
+    """s_0 ~ normal, brought to mean 0 and (unbiased) standard deviation 1 in every token (Parcae's `unit`)."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Params:
+        """Attributes:
+        seed: key of the draw in evaluation.
+        """
+
+        seed: int = 0
+
+    def forward(self, prelude: Tensor, position_ids: Tensor) -> Tensor:
+        drawn = truncated_normal(self.uniform(prelude, position_ids), cut=math.inf)
+        std, mean = torch.std_mean(drawn, dim=-1, keepdim=True)
+        return ((drawn - mean) / (std + 1e-8)).to(prelude.dtype)
 
 
 def truncated_normal(uniform: Tensor, *, cut: float = 3.0) -> Tensor:

@@ -90,7 +90,7 @@ class StateMap:
         moves = self.plan({key: tensor.shape for key, tensor in state.items()}, target_shapes)
         packed = [key for key in moves.values() if isinstance(key, str) and not state[key].is_floating_point()]
         if packed:
-            raise ValueError(f"these weights are not floating-point numbers (quantised?): {_listed(packed)}.")
+            raise ValueError(f"these weights are not floating-point numbers (quantised?): {listed(packed)}.")
         filled = {}
         for target, origin in moves.items():
             if isinstance(origin, str):
@@ -132,7 +132,7 @@ class StateMap:
                 unfilled.append(target)
             else:
                 origins[target] = rule
-        found = [f"{problem}: {_listed(cases)}" for problem, cases in problems.items() if cases]
+        found = [f"{problem}: {listed(cases)}" for problem, cases in problems.items() if cases]
         if found:
             raise ValueError(f"the weights do not fit: {'; '.join(found)}.")
         return origins
@@ -179,9 +179,10 @@ def _pattern(key: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"\\{(\w+)\\}", r"(?P<\1>[^.]+)", re.escape(key)))
 
 
-def _listed(cases: list[str], *, limit: int = 20) -> str:
+def listed(cases: list[str], *, limit: int = 20) -> str:
+    """The cases in order, for a message; of more than `limit`, the first and how many there are."""
     shown = ", ".join(sorted(cases)[:limit])
     return shown if len(cases) <= limit else f"{shown} and {len(cases) - limit} more"
 
 
-__all__ = ["Drop", "New", "Rename", "StateMap", "convert"]
+__all__ = ["Drop", "New", "Rename", "StateMap", "convert", "listed"]

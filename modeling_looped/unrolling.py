@@ -15,12 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
 from .conditioning import LoopConditioning
-from .configuration_looped import STRATEGY_FIELDS, LoopedConfig
+from .configuration_looped import CORE_SIZES, STRATEGY_FIELDS, LoopedConfig
 from .families import FAMILIES, Family, StockFit
 from .halting import Halting
-from .layers import LoopedRMSNorm
 from .loop_adapter import LOOP_ADAPTERS, LoopLoRA
 from .loop_update import LoopUpdate
+from .norms import LoopedRMSNorm
 from .registry import Strategy, table_row
 from .slots import SlotLayout, checked_num_loops
 from .state import InputState
@@ -34,6 +34,7 @@ WHAT_ELSE_A_LOOP_DOES = {
     "loop_conditioning": "adds a signal to the state in every loop",
     "halting": "reads tokens from loops before the last",
     "readout": "maps the state between core and coda",
+    "schedule": "two states read each other",
 }
 
 
@@ -83,7 +84,8 @@ def unroll(model: PreTrainedModel, num_loops: int | None = None, *, family: str 
 
 def best_fit(config: LoopedConfig, layout: SlotLayout, families: Mapping[str, Family]) -> StockFit:
     """The family that can say most of `config`, and with the fewest weights."""
-    layer_types = layout.expand([config.stored_layer_type(layer) for layer in range(layout.stored_layers)])
+    layers = [layout.invocation(index).layer for index in range(layout.num_invocations)]
+    layer_types = [config.stored_layer_type(layer) for layer in layers]
     absorbed = ("embedding_scale", "logit_scale")
     fits = [family.stock_fit(config, layer_types, absorbed=absorbed) for family in families.values()]
     return min(fits, key=lambda fit: (len(fit.blocking), len(fit.zero_biases)))
@@ -92,16 +94,27 @@ def best_fit(config: LoopedConfig, layout: SlotLayout, families: Mapping[str, Fa
 def blocking_loop_options(model: PreTrainedModel, config: LoopedConfig, layout: SlotLayout) -> dict[str, str]:
     """The fields whose choice makes a loop more than its layers -> what they do."""
     blocking = {}
+    if config.value_embedding["type"] != "none":
+        blocking["value_embedding"] = "layers read the tokens again"
     if config.tie_word_embeddings and config.embedding_scale == 0.0:
         blocking["embedding_scale"] = "it would scale the tied head too"
     if not layout.core:
         return blocking
     base = model.get_submodule("model")
     for field in STRATEGY_FIELDS:
-        if field == LOOP_ADAPTERS.field or getattr(config, field)["type"] == "none":
+        if field in (LOOP_ADAPTERS.field, "value_embedding") or getattr(config, field)["type"] in ("none", "flat"):
             continue  # every slot's own weights take the adapters in
         if not runs_layers_only(getattr(base, field, None), layout.loops):
             blocking[field] = WHAT_ELSE_A_LOOP_DOES.get(field, "a stack has no such thing")
+    if config.prefix_lm:
+        blocking["prefix_lm"] = "a prefix sees itself in both directions"
+    if config.kv_sharing != "none" and layout.loops > 1:
+        blocking["kv_sharing"] = "later loops read the keys and values of the first"
+    for field in CORE_SIZES:
+        if getattr(config, field) is not None:
+            blocking[field] = "the core has sizes of its own"
+    if config.final_norm == "none":
+        blocking["final_norm"] = "a stack ends with a norm"
     if config.prelude_norm:
         blocking["prelude_norm"] = "a norm between prelude and core"
     norm_is_last = layout.loops == 1 and not layout.coda
@@ -139,8 +152,8 @@ def stacked_state(model: PreTrainedModel, config: LoopedConfig, layout: SlotLayo
         "model.norm.weight": scaled(norm, norm_scale),
         "lm_head.weight": head,
     }
-    for slot in range(layout.num_slots):
-        layer, loop_idx = layout.layer_and_loop(slot)
+    for slot in range(layout.num_invocations):
+        layer, loop_idx = layout.invocation(slot)
         for name, tensor in slot_state(model.get_submodule(f"model.layers.{layer}"), loop_idx).items():
             state[f"model.layers.{slot}.{name}"] = tensor
     return state

@@ -11,10 +11,10 @@ from modeling_looped import LoopedConfig, LoopedForCausalLM
 #: Largest absolute difference that counts as equal, per dtype, for logits of order one.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
 
-#: A configuration of every injection, state, update and conditioning that the common batteries run over.
+#: What the common batteries run over: a configuration of every strategy, and the combinations that published looped
+#: models are made of. `test_reference_parity.MORE_VARIANTS` has what those leave out.
 VARIANTS: dict[str, dict[str, Any]] = {
     "parcae": {},
-    "zoh": {"injection": {"type": "diagonal", "input_matrix": "zoh"}, "readout": "linear"},
     "add": {"injection": "add"},
     "concat": {"injection": "concat", "state_init": {"type": "normal", "seed": 3}},
     "in_place": {"injection": "none", "state_init": "input", "prelude_norm": False},
@@ -22,12 +22,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "scaled": {"loop_update": {"type": "learned_scale", "initial_scale": 0.5}},
     "gated": {"loop_update": {"type": "gated", "initial_gate": 0.3, "free_loops": 1}},
     "embedding": {"loop_conditioning": "embedding"},
-    "sinusoidal": {"loop_conditioning": "sinusoidal"},
     "norms": {"loop_conditioning": "norms", "qk_norm": "per_head"},
     "lora": {"loop_adapter": {"type": "lora", "rank": 3}},
     "sandwich": {"norm_placement": "sandwich", "final_norm": "every_loop", "injection": "none", "state_init": "input"},
-    "sandwich_sum": {"norm_placement": "sandwich_sum", "final_norm": "after_loops", "embedding_scale": 2.0},
-    "post": {"norm_placement": "post", "mlp_type": "plain", "hidden_act": "gelu"},
     "post_branch": {"norm_placement": "post_branch", "qk_norm": "flat", "attention_bias": True},
     "sliding": {"sliding_window": 4, "stored_layer_types": ["full_attention", "sliding_attention"] * 2},
     "capped": {"final_logit_softcapping": 3.0, "logit_scale": 0.5, "tie_word_embeddings": True, "mlp_bias": True},
@@ -35,6 +32,74 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "halting_act": {"halting": {"type": "act", "threshold": 0.9, "initial_bias": 0.0}},
     "halting_change": {"halting": {"type": "state_change", "threshold": 0.8}},
     "stacked": {"num_core_layers": 0, "num_prelude_layers": 3},
+    "huginn": {
+        "norm_placement": "sandwich_sum",
+        "final_norm": "after_loops",
+        "injection": "concat",
+        "state_init": {"type": "normal", "std": 0.4, "seed": 3, "truncation": 2.0},
+        "attention_bias": True,
+        "attention_value_bias": False,
+        "embedding_scale": 2.0,
+    },
+    "parcae_code": {
+        "mlp_type": "plain",
+        "hidden_act": "half_relu2",
+        "qk_norm": "per_head_unweighted",
+        "state_init": "unit_normal",
+        "value_embedding": {"type": "gated", "layers": [0, 1], "gate_channels": 12},
+        "readout": "linear",
+    },
+    "nanbeige": {
+        "kv_sharing": "first_loop",
+        "injection": "none",
+        "state_init": "input",
+        "prelude_norm": False,
+        "final_norm": "every_loop",
+    },
+    "shared": {"kv_sharing": "first_loop", "qk_norm": "per_head", "loop_conditioning": "norms"},
+    "sequence": {"core_group_size": 1, "injection": "none", "state_init": "input", "final_norm": "after_loops"},
+    "wide": {
+        "core_hidden_size": 48,
+        "core_intermediate_size": 40,
+        "core_num_attention_heads": 6,
+        "core_num_key_value_heads": 3,
+        "injection": {"type": "diagonal", "input_matrix": "zoh"},
+        "readout": "linear",
+    },
+    "albert": {
+        "norm_type": "layer",
+        "norm_placement": "post",
+        "final_norm": "none",
+        "position_embedding": "learned",
+        "embedding_size": 16,
+        "embedding_norm": True,
+        "type_vocab_size": 2,
+        "mlp_type": "plain",
+        "hidden_act": "gelu",
+        "attention_bias": True,
+        "attention_output_bias": True,
+        "mlp_bias": True,
+        "injection": "none",
+        "state_init": "input",
+        "prelude_norm": False,
+    },
+    "universal": {
+        "norm_type": "layer_unbiased",
+        "position_embedding": "none",
+        "mlp_type": "plain",
+        "hidden_act": "relu",
+        "mlp_output_act": "relu",
+        "injection": "none",
+        "state_init": "input",
+        "loop_conditioning": {"type": "sinusoidal", "positions": "every_loop"},
+        "halting": {"type": "act", "form": "universal", "threshold": 0.9, "initial_bias": -0.5},
+    },
+    "gated_attention": {"attention_gate": "per_channel", "norm_type": "rms_unweighted", "injection": "add"},
+    "skip": {
+        "injection": {"type": "concat", "first_loop": "skip"},
+        "state_init": {"type": "normal", "truncation": None},
+        "qkv_clip": 0.6,
+    },
 }
 
 

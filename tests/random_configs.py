@@ -10,12 +10,9 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM
-from modeling_looped.configuration_looped import (
-    FINAL_NORM_PLACEMENTS,
-    NORM_PLACEMENTS,
-    QK_NORMS,
-    STRATEGY_FIELDS,
-)
+from modeling_looped.config_checks import FINAL_NORM_PLACEMENTS, NORM_PLACEMENTS, POSITION_EMBEDDINGS, QK_NORMS
+from modeling_looped.configuration_looped import STRATEGY_FIELDS
+from modeling_looped.norms import NORM_TYPES
 
 modest = settings(
     max_examples=12,
@@ -29,15 +26,30 @@ few = settings(modest, max_examples=6)
 
 MODERATE_LOOPS = st.integers(1, 4)
 
+#: Parameters of a type that make another function of it than its defaults do.
+PARAMETERS: dict[str, list[dict[str, Any]]] = {
+    "concat": [{}, {"first_loop": "skip"}],
+    "diagonal": [{}, {"input_matrix": "zoh"}],
+    "normal": [{}, {"std": 0.5, "truncation": None}],
+    "damped": [{}, {"steps": 2}],
+    "sinusoidal": [{}, {"positions": "every_loop"}],
+    "gate": [{}, {"threshold": 0.4}, {"output": "expected"}],
+    "act": [{"threshold": 0.7}, {"form": "universal", "threshold": 0.7}],
+}
+#: What `reference.py` does not compute: schedules beside the flat one, and routers.
+WITHOUT_REFERENCE = {"nested", "expert_choice", "token_choice"}
+
 
 @st.composite
 def shapes(draw: st.DrawFn) -> dict[str, Any]:
-    """Sizes and layer options, without the strategies."""
+    """Sizes and layer options, without the strategies and without sizes of the core."""
     key_value_heads = draw(st.integers(1, 2))
     sliding_window = draw(st.none() | st.integers(2, 6))
     parts = draw(st.tuples(st.integers(0, 2), st.integers(1, 2), st.integers(0, 2)))
     layer_types = ["full_attention"] if sliding_window is None else ["full_attention", "sliding_attention"]
     stored = st.lists(st.sampled_from(layer_types), min_size=sum(parts), max_size=sum(parts))
+    attention_bias = draw(st.booleans())
+    embedding_size = draw(st.none() | st.integers(2, 6))
     return {
         "hidden_size": draw(st.integers(3, 12)),
         "intermediate_size": draw(st.integers(1, 9)),
@@ -48,17 +60,28 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
         "num_core_layers": parts[1],
         "num_coda_layers": parts[2],
         "num_loops": draw(MODERATE_LOOPS),
+        "kv_sharing": draw(st.sampled_from(["none", "first_loop"])),
         "sliding_window": sliding_window,
         "stored_layer_types": draw(st.none() | stored),
+        "norm_type": draw(st.sampled_from(NORM_TYPES)),
         "norm_placement": draw(st.sampled_from(NORM_PLACEMENTS)),
         "final_norm": draw(st.sampled_from(FINAL_NORM_PLACEMENTS)),
         "qk_norm": draw(st.sampled_from(QK_NORMS)),
         "mlp_type": draw(st.sampled_from(["gated", "plain"])),
-        "hidden_act": draw(st.sampled_from(["silu", "gelu", "relu"])),
-        "attention_bias": draw(st.booleans()),
+        "hidden_act": draw(st.sampled_from(["silu", "gelu", "relu", "half_relu2"])),
+        "mlp_output_act": draw(st.sampled_from([None, "tanh"])),
+        "attention_bias": attention_bias,
+        "attention_value_bias": draw(st.none() | st.booleans()),
         "attention_output_bias": draw(st.booleans()),
+        "attention_gate": draw(st.sampled_from(["none", "per_channel"])),
+        "qkv_clip": None if attention_bias else draw(st.sampled_from([None, 0.3])),
         "mlp_bias": draw(st.booleans()),
-        "tie_word_embeddings": draw(st.booleans()),
+        "position_embedding": draw(st.sampled_from(POSITION_EMBEDDINGS)),
+        "embedding_size": embedding_size,
+        "embedding_projection_bias": draw(st.booleans()),
+        "embedding_norm": draw(st.booleans()),
+        "type_vocab_size": draw(st.sampled_from([0, 2])),
+        "tie_word_embeddings": draw(st.booleans()) if embedding_size is None else False,
         "embedding_scale": draw(st.sampled_from([1.0, 3.0])),
         "logit_scale": draw(st.sampled_from([1.0, 0.5])),
         "final_logit_softcapping": draw(st.sampled_from([None, 2.0])),
@@ -66,28 +89,65 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @st.composite
-def configs(draw: st.DrawFn, **fixed: Any) -> LoopedConfig:
-    """Any valid config; `fixed` fields have the given values."""
-    chosen = draw(shapes()) | {"prelude_norm": draw(st.booleans())}
+def core_sizes(draw: st.DrawFn) -> dict[str, Any]:
+    """A core whose layers have sizes of their own."""
+    key_value_heads = draw(st.integers(1, 2))
+    return {
+        "core_hidden_size": draw(st.integers(3, 12)),
+        "core_intermediate_size": draw(st.none() | st.integers(1, 9)),
+        "core_num_attention_heads": key_value_heads * draw(st.integers(1, 3)),
+        "core_num_key_value_heads": key_value_heads,
+    }
+
+
+def chosen_strategies(draw: st.DrawFn, fields: dict[str, Any]) -> dict[str, Any]:
+    """A spec for every strategy field, such that they fit each other, and `fields`, which they may change."""
+    specs: dict[str, Any] = {}
     for field, registry in STRATEGY_FIELDS.items():
-        chosen[field] = {"type": draw(st.sampled_from(sorted(registry)))}
-    chosen |= fixed
-    if chosen["loop_adapter"] == {"type": "lora"}:
+        name = draw(st.sampled_from(sorted(set(registry) - WITHOUT_REFERENCE)))
+        specs[field] = {"type": name, **draw(st.sampled_from(PARAMETERS.get(name, [{}])))}
+    if specs["loop_adapter"]["type"] == "lora":
         projections = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-        chosen["loop_adapter"] = {"type": "lora", "rank": draw(st.integers(1, 3)), "targets": projections}
-    enters = any(STRATEGY_FIELDS[f][chosen[f]["type"]].carries_prelude for f in ("injection", "state_init"))
+        specs["loop_adapter"] |= {"rank": draw(st.integers(1, 3)), "targets": projections}
+    if specs["value_embedding"]["type"] == "gated":
+        stored = sum(fields[f"num_{part}_layers"] for part in ("prelude", "core", "coda"))
+        layers = draw(st.sets(st.integers(0, stored - 1), min_size=1, max_size=2))
+        specs["value_embedding"] |= {"layers": sorted(layers), "gate_channels": draw(st.integers(1, 3))}
+    if fields.get("core_group_size") is not None:  # each group loops by itself
+        specs |= {"injection": {"type": "none"}, "halting": {"type": "none"}}
+    if fields.get("core_hidden_size", fields["hidden_size"]) != fields["hidden_size"]:  # maps in and out
+        injection = {"type": draw(st.sampled_from(["concat", "diagonal"]))}
+        specs |= {"injection": injection, "readout": {"type": "linear"}}
+        if specs["state_init"]["type"] == "input":
+            specs["state_init"] = {"type": "zeros"}
+    if fields["final_norm"] == "every_loop" and {"core_group_size", "core_hidden_size"} & fields.keys():
+        fields["final_norm"] = "after_loops"
+    enters = any(STRATEGY_FIELDS[f][specs[f]["type"]].carries_prelude for f in ("injection", "state_init"))
     if not enters:
-        chosen["state_init"] = {"type": "input"}
-    return tiny_config(**chosen)
+        specs["state_init"] = {"type": "input"}
+    return specs
+
+
+@st.composite
+def configs(draw: st.DrawFn, **fixed: Any) -> LoopedConfig:
+    """Any valid config that the reference computes; `fixed` fields, of those without conditions, have these values."""
+    fields = draw(shapes()) | {"prelude_norm": draw(st.booleans())}
+    special = draw(st.sampled_from([None, None, "groups", "core_sizes"]))
+    if special == "groups":
+        fields["core_group_size"] = 1
+    elif special == "core_sizes":
+        fields |= draw(core_sizes())
+    return tiny_config(**(fields | chosen_strategies(draw, fields) | fixed))
 
 
 @st.composite
 def in_place_configs(draw: st.DrawFn) -> LoopedConfig:
     """Stacked models with a part in the middle that is looped in place: with one loop they are the stack."""
-    chosen = draw(shapes())
-    if chosen["final_norm"] != "end":
+    chosen = draw(shapes()) | {"core_group_size": draw(st.sampled_from([None, 1]))}
+    if chosen["final_norm"] in ("every_loop", "after_loops"):
         # one norm at the end, unless a coda or the second norm of `after_loops` follows it
         chosen |= {"final_norm": "every_loop", "num_coda_layers": 0, "stored_layer_types": None}
+        chosen["core_group_size"] = None
     chosen |= {"injection": "none", "state_init": "input", "prelude_norm": False, "num_loops": 1}
     return tiny_config(**chosen, loop_update=draw(st.sampled_from(["replace", "damped"])))
 

@@ -23,6 +23,8 @@ ACTIVATIONS = {
     "gelu": lambda x: x * 0.5 * (1 + torch.erf(x / math.sqrt(2))),
     "relu": lambda x: x * (x > 0),
     "relu2": lambda x: (x * (x > 0)) ** 2,
+    "half_relu2": lambda x: (x * (x > 0)) ** 2 / 2,
+    "tanh": lambda x: 1 - 2 / (1 + torch.exp(2 * x)),
 }
 
 
@@ -33,20 +35,44 @@ class Trace(NamedTuple):
         hidden: the head's input [S, D].
         states: the state before the first loop and after each one, T + 1 tensors [S, D].
         exit_loops: loops after which each token is read [S]; `None` where the last loop is read.
-        slots: keys and values [heads, S, K] of every attention invocation, in the order of execution.
+        exit_probabilities: each token's distribution of exits over the loops [S, T]; `None` as above.
+        slots: keys and values [heads, S, K] of every attention invocation that makes its own, in the order of
+            execution.
     """
 
     hidden: Tensor
     states: list[Tensor]
     exit_loops: Tensor | None
+    exit_probabilities: Tensor | None
     slots: list[tuple[Tensor, Tensor]]
+
+
+class Run(NamedTuple):
+    """What all layers of one forward read: the arguments of `block` that do not change within it.
+
+    Attributes:
+        w, config, tokens: as `reference_trace` was given them.
+        rope: of the positions; `None`: no rotation.
+        slots: as in `Trace`, in the making.
+        held: where loops share keys and values, those of each core layer's first loop.
+    """
+
+    w: dict[str, Tensor]
+    config: LoopedConfig
+    tokens: Tensor
+    rope: tuple[Tensor, Tensor] | None
+    slots: list[tuple[Tensor, Tensor]]
+    held: dict[int, tuple[Tensor, Tensor]]
 
 
 def reference_logits(weights: dict[str, Tensor], config: LoopedConfig, tokens: Tensor, **options) -> Tensor:
     """Logits [S, vocabulary] of one sequence of token ids [S]; `options` as for `reference_trace`."""
     hidden = reference_trace(weights, config, tokens, **options).hidden
+    if not config.is_causal and config.mlm_head == "transform":
+        dense = hidden @ weights["head_transform.dense.weight"].T + weights["head_transform.dense.bias"]
+        hidden = norm(weights, config, "head_transform.norm", ACTIVATIONS[config.hidden_act](dense))
     head = weights["model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"]
-    logits = config.logit_scale * (hidden @ head.T)
+    logits = config.logit_scale * (hidden @ head.T + weights.get("lm_head.bias", 0.0))
     cap = config.final_logit_softcapping
     return logits if cap is None else cap * torch.tanh(logits / cap)
 
@@ -58,6 +84,7 @@ def reference_trace(
     *,
     num_loops: int | None = None,
     positions: Tensor | None = None,
+    token_types: Tensor | None = None,
     backprop_loops: int | None = None,
     training: bool = False,
 ) -> Trace:
@@ -67,6 +94,7 @@ def reference_trace(
         weights: a model's named parameters.
         num_loops: T; `None`: the config's.
         positions: position of every token [S]; `None`: 0, 1, 2, …
+        token_types: type of every token [S]; `None`: 0.
         backprop_loops: the last so many loops keep a graph; `None`: all.
         training: whether the choice of a loop passes the gate's gradient straight through.
     """
@@ -74,40 +102,80 @@ def reference_trace(
     T = config.num_loops if num_loops is None else num_loops
     P, R, C = config.num_prelude_layers, config.num_core_layers, config.num_coda_layers
     positions = torch.arange(len(tokens)) if positions is None else positions
-    rope = rope_angles(config, positions)
-    slots: list[tuple[Tensor, Tensor]] = []
+    rope = rope_angles(config, positions) if config.position_embedding == "rope" else None
+    run = Run(w, config, tokens, rope, [], {})
 
-    def run(x: Tensor, layers: range, t: int = 0) -> Tensor:
-        for layer in layers:
-            x = block(w, config, layer, t, x, rope, slots)
+    def layers(x: Tensor, indices: range, t: int = 0) -> Tensor:
+        for layer in indices:
+            x = block(run, layer, t, x)
         return x
 
     def final_norm(x: Tensor) -> Tensor:
-        return rms_norm(x, w["norm.weight"], config.rms_norm_eps)
+        return x if config.final_norm == "none" else norm(w, config, "norm", x)
 
-    x = run(config.embedding_scale * w["embed_tokens.weight"][tokens], range(P))
+    x = layers(embed(w, config, tokens, positions, token_types), range(P))
     states: list[Tensor] = []
-    exit_loops = None
+    exit_loops = exit_probabilities = None
     if R > 0:
-        e = rms_norm(x, w["prelude_norm.weight"], config.rms_norm_eps) if config.prelude_norm else x
+        e = norm(w, config, "prelude_norm", x) if config.prelude_norm else x
         s = initial_state(config, e, positions)
         states.append(s)
-        for t in range(T):
-            y = run(condition(w, config, t, inject(w, config, s, e)), range(P, P + R), t)
-            s = update(w, config, t, T, s, y)
-            if config.final_norm == "every_loop":
-                s = final_norm(s)
-            if backprop_loops is not None and t < T - backprop_loops:
-                s = s.detach()
-            states.append(s)
-        x, exit_loops = halt(w, config, states, training)
+        inputs: list[Tensor] = []
+        G = config.core_group_size or R
+        for first in range(P, P + R, G):
+            for t in range(T):
+                inputs.append(condition(w, config, t, positions, inject(w, config, t, s, e)))
+                y = layers(inputs[-1], range(first, first + G), t)
+                s = update(w, config, t, T, s, y)
+                if config.final_norm == "every_loop":
+                    s = final_norm(s)
+                if backprop_loops is not None and t < T - backprop_loops:
+                    s = s.detach()
+                    for layer, shared in run.held.items():
+                        run.held[layer] = (shared[0].detach(), shared[1].detach())
+                states.append(s)
+        x, exit_loops, exit_probabilities = halt(w, config, states, inputs, training)
         if config.readout["type"] == "linear":
             x = x @ w["readout.weight"].T
         if config.final_norm == "after_loops":
             x = final_norm(x)
-    x = run(x, range(P + R, P + R + C))
+    x = layers(x, range(P + R, P + R + C))
     state_is_normed = R > 0 and C == 0 and config.final_norm == "every_loop"
-    return Trace(x if state_is_normed else final_norm(x), states, exit_loops, slots)
+    return Trace(x if state_is_normed else final_norm(x), states, exit_loops, exit_probabilities, run.slots)
+
+
+def embed(
+    w: dict[str, Tensor], config: LoopedConfig, tokens: Tensor, positions: Tensor, token_types: Tensor | None
+) -> Tensor:
+    """The prelude's input [S, D]."""
+    x = config.embedding_scale * w["embed_tokens.weight"][tokens]
+    if config.type_vocab_size > 0:
+        x = x + w["token_type_embeddings.weight"][torch.zeros_like(tokens) if token_types is None else token_types]
+    if config.position_embedding == "learned":
+        x = x + w["position_embeddings.weight"][positions]
+    if config.embedding_norm:
+        x = norm(w, config, "embedding_norm", x)
+    if config.embedding_size is not None:
+        x = x @ w["embedding_projection.weight"].T
+        if config.embedding_projection_bias:
+            x = x + w["embedding_projection.bias"]
+    return x
+
+
+def norm(w: dict[str, Tensor], config: LoopedConfig, name: str, x: Tensor, t: int = 0) -> Tensor:
+    """The norm called `name`, of the config's type, over the last axis; in loop t, if every loop has its own."""
+    eps, D = config.rms_norm_eps, x.shape[-1]
+    if config.norm_type == "rms":
+        return rms_norm(x, loop_weight(w, name, t), eps)
+    if config.norm_type == "rms_unweighted":
+        return rms_norm(x, torch.ones(()), eps)
+    centred = x - x.sum(-1, keepdim=True) / D
+    squares = (centred**2).sum(-1, keepdim=True)
+    if config.norm_type == "layer":
+        normed = centred / torch.sqrt(squares / D + eps)
+    else:
+        normed = centred / (torch.sqrt(squares / (D - 1)) + eps)
+    return loop_weight(w, name, t) * normed + loop_weight(w, name, t, "bias")
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -116,18 +184,23 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def initial_state(config: LoopedConfig, e: Tensor, positions: Tensor) -> Tensor:
-    """s_0: the prelude output, zeros, or a normal truncated at three standard deviations."""
-    spec = config.state_init
+    """s_0: the prelude output, zeros, a normal cut at some standard deviations, or one of mean 0 and deviation 1."""
+    spec, D = config.state_init, config.core_hidden_size or config.hidden_size
     if spec["type"] == "input":
         return e
     if spec["type"] == "zeros":
-        return torch.zeros_like(e)
-    uniform = keyed_uniform(spec["seed"], positions[None], e.shape[-1])[0].double()
-    low, high = (torch.special.ndtr(torch.tensor(cut, dtype=torch.float64)) for cut in (-3.0, 3.0))
+        return torch.zeros(len(e), D, dtype=e.dtype)
+    uniform = keyed_uniform(spec["seed"], positions[None], D)[0].double()
+    if spec["type"] == "unit_normal":
+        z = torch.special.ndtri(uniform)
+        centred = z - z.mean(-1, keepdim=True)
+        return (centred / torch.sqrt((centred**2).sum(-1, keepdim=True) / (D - 1))).to(e.dtype)
+    cut = math.inf if spec["truncation"] is None else spec["truncation"]
+    low, high = (torch.special.ndtr(torch.tensor(side, dtype=torch.float64)) for side in (-cut, cut))
     return (spec["std"] * torch.special.ndtri(low + uniform * (high - low))).to(e.dtype)
 
 
-def inject(w: dict[str, Tensor], config: LoopedConfig, s: Tensor, e: Tensor) -> Tensor:
+def inject(w: dict[str, Tensor], config: LoopedConfig, t: int, s: Tensor, e: Tensor) -> Tensor:
     """x_t from the state s and the prelude output e."""
     spec = config.injection
     if spec["type"] == "none":
@@ -135,6 +208,8 @@ def inject(w: dict[str, Tensor], config: LoopedConfig, s: Tensor, e: Tensor) -> 
     if spec["type"] == "add":
         return s + e
     if spec["type"] == "concat":
+        if spec["first_loop"] == "skip" and t == 0:
+            return e
         return torch.cat((s, e), dim=-1) @ w["injection.weight"].T
     A = -torch.exp(w["injection.A_log"])
     step = torch.log(1 + torch.exp(w["injection.dt_bias"]))
@@ -143,19 +218,27 @@ def inject(w: dict[str, Tensor], config: LoopedConfig, s: Tensor, e: Tensor) -> 
     return decay * s + gain * (e @ w["injection.B"].T)
 
 
-def condition(w: dict[str, Tensor], config: LoopedConfig, t: int, x: Tensor) -> Tensor:
+def condition(w: dict[str, Tensor], config: LoopedConfig, t: int, positions: Tensor, x: Tensor) -> Tensor:
     """The core's input in loop t."""
     spec = config.loop_conditioning
     if spec["type"] == "embedding":
         return x + last_row(w["loop_conditioning.embedding"], t)
     if spec["type"] == "sinusoidal":
-        half = config.hidden_size // 2
-        signal = torch.zeros(config.hidden_size)
-        for k in range(half):
-            angle = t * math.exp(-k * math.log(1e4) / max(half - 1, 1))
-            signal[k], signal[half + k] = math.sin(angle), math.cos(angle)
+        signal = time_signal(float(t), x.shape[-1]).expand(x.shape)
+        if spec["positions"] == "every_loop":
+            signal = signal + torch.stack([time_signal(float(i), x.shape[-1]) for i in positions])
         return x + spec["scale"] * signal
     return x
+
+
+def time_signal(time: float, channels: int) -> Tensor:
+    """[sin(time w) | cos(time w)], an odd last channel left at zero; of a loop or of a position."""
+    half = channels // 2
+    signal = torch.zeros(channels)
+    for k in range(half):
+        angle = time * math.exp(-k * math.log(1e4) / max(half - 1, 1))
+        signal[k], signal[half + k] = math.sin(angle), math.cos(angle)
+    return signal
 
 
 def update(w: dict[str, Tensor], config: LoopedConfig, t: int, T: int, s: Tensor, y: Tensor) -> Tensor:
@@ -173,13 +256,16 @@ def update(w: dict[str, Tensor], config: LoopedConfig, t: int, T: int, s: Tensor
 
 
 def halt(
-    w: dict[str, Tensor], config: LoopedConfig, states: list[Tensor], training: bool
-) -> tuple[Tensor, Tensor | None]:
-    """What is read from the states, token by token, and after which loop."""
+    w: dict[str, Tensor], config: LoopedConfig, states: list[Tensor], inputs: list[Tensor], training: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """What is read from the states, token by token; after which loop; and the distribution of exits [S, T].
+
+    `inputs` are what entered the core in each loop.
+    """
     spec, T = config.halting, len(states) - 1
     if spec["type"] == "none":
-        return states[-1], None
-    read, exits = [], []
+        return states[-1], None, None
+    read, exits, probabilities = [], [], []
     for token in range(len(states[0])):
         s = [state[token] for state in states]
         if spec["type"] == "state_change":
@@ -187,8 +273,10 @@ def halt(
                      and torch.norm(s[t] - s[t - 1]) <= spec["threshold"] * torch.norm(s[t])]  # fmt: skip
             exits.append(min([*still, T]))
             read.append(s[exits[-1]])
+            probabilities.append(torch.tensor([float(t == exits[-1]) for t in range(1, T + 1)]))
             continue
-        stop = [torch.sigmoid(x @ w["halting.weight"][0] + w["halting.bias"][0]) for x in s]
+        gated = [x[token] for x in inputs] if spec.get("form") == "universal" else s
+        stop = [torch.sigmoid(x @ w["halting.weight"][0] + w["halting.bias"][0]) for x in gated]
         if spec["type"] == "gate":
             survival, p = torch.tensor(1.0), []
             for t in range(1, T):
@@ -205,15 +293,31 @@ def halt(
                 read.append(s[exits[-1]] + mixture - constant)
             else:
                 read.append(s[exits[-1]])
-        else:
-            total, output, t = torch.tensor(0.0), torch.zeros_like(s[0]), 1
-            while t < T and total + stop[t - 1] <= spec["threshold"]:  # the state that enters loop t decides
-                output = output + stop[t - 1] * s[t]
-                total = total + stop[t - 1]
+            probabilities.append(torch.stack(p))
+        elif spec["form"] == "graves":
+            p, t = [], 1
+            while t < T and sum(p) + stop[t - 1] <= spec["threshold"]:  # the state that enters loop t decides
+                p.append(stop[t - 1])
                 t += 1
-            read.append(output + (1 - total) * s[t])
+            p.append(torch.tensor(1.0) - sum(p))
+            read.append(sum(weight * state for weight, state in zip(p, s[1:], strict=False)))
             exits.append(t)
-    return torch.stack(read), torch.tensor(exits)
+            probabilities.append(torch.stack(p + [torch.tensor(0.0)] * (T - t)))
+        else:
+            p, output, halted = [], torch.zeros_like(s[0]), None
+            for t in range(1, T + 1):
+                if halted is not None:
+                    p.append(torch.tensor(0.0))
+                elif sum(p) + stop[t - 1] > spec["threshold"]:
+                    p.append(torch.tensor(1.0) - sum(p))
+                    halted = t
+                else:
+                    p.append(stop[t - 1])
+                output = (1 - p[-1]) * output + p[-1] * s[t]
+            read.append(output)
+            exits.append(halted or T)
+            probabilities.append(torch.stack(p))
+    return torch.stack(read), torch.tensor(exits), torch.stack(probabilities)
 
 
 def last_row(table: Tensor, t: int) -> Tensor:
@@ -221,34 +325,26 @@ def last_row(table: Tensor, t: int) -> Tensor:
     return table[t] if t < len(table) else table[-1]
 
 
-def block(
-    w: dict[str, Tensor],
-    config: LoopedConfig,
-    layer: int,
-    t: int,
-    x: Tensor,
-    rope: tuple[Tensor, Tensor],
-    slots: list[tuple[Tensor, Tensor]],
-) -> Tensor:
+def block(run: Run, layer: int, t: int, x: Tensor) -> Tensor:
     """One layer on the residual stream x [S, D], in loop t."""
-    prefix = f"layers.{layer}."
+    w, config, prefix = run.w, run.config, f"layers.{layer}."
 
-    def norm(name: str, branch: Tensor) -> Tensor:
-        return rms_norm(branch, loop_weight(w, prefix + name, t), config.rms_norm_eps)
+    def normed(name: str, branch: Tensor) -> Tensor:
+        return norm(w, config, prefix + name, branch, t)
 
     def place(x: Tensor, f, before: str, after: str) -> Tensor:
         if config.norm_placement == "pre":
-            return x + f(norm(before, x))
+            return x + f(normed(before, x))
         if config.norm_placement == "sandwich":
-            return x + norm(after, f(norm(before, x)))
+            return x + normed(after, f(normed(before, x)))
         if config.norm_placement == "sandwich_sum":
-            return norm(after, x + f(norm(before, x)))
+            return normed(after, x + f(normed(before, x)))
         if config.norm_placement == "post":
-            return norm(after, x + f(x))
-        return x + norm(after, f(x))
+            return normed(after, x + f(x))
+        return x + normed(after, f(x))
 
     def attend(branch: Tensor) -> Tensor:
-        return attention(w, config, layer, t, branch, rope, slots)
+        return attention(run, layer, t, branch)
 
     def feed(branch: Tensor) -> Tensor:
         act = ACTIVATIONS[config.hidden_act]
@@ -257,15 +353,16 @@ def block(
             wide = act(project(w, config, prefix + "mlp.", "gate_proj", t, branch)) * wide
         else:
             wide = act(wide)
-        return project(w, config, prefix + "mlp.", "down_proj", t, wide)
+        output = project(w, config, prefix + "mlp.", "down_proj", t, wide)
+        return output if config.mlp_output_act is None else ACTIVATIONS[config.mlp_output_act](output)
 
     x = place(x, attend, "input_layernorm", "post_attention_layernorm")
     return place(x, feed, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
-def loop_weight(w: dict[str, Tensor], name: str, t: int) -> Tensor:
-    """A norm's weight: one vector, or loop t's row where every loop has its own."""
-    weight = w[name + ".weight"]
+def loop_weight(w: dict[str, Tensor], name: str, t: int, kind: str = "weight") -> Tensor:
+    """A norm's weight or bias: one vector, or loop t's row where every loop has its own."""
+    weight = w[f"{name}.{kind}"]
     return weight if weight.ndim == 1 else last_row(weight, t)
 
 
@@ -283,37 +380,74 @@ def project(w: dict[str, Tensor], config: LoopedConfig, prefix: str, name: str, 
     return output if bias is None else output + bias
 
 
-def attention(
-    w: dict[str, Tensor],
-    config: LoopedConfig,
-    layer: int,
-    t: int,
-    x: Tensor,
-    rope: tuple[Tensor, Tensor],
-    slots: list[tuple[Tensor, Tensor]],
-) -> Tensor:
+def attention(run: Run, layer: int, t: int, x: Tensor) -> Tensor:
     """Grouped-query attention of one layer over one sequence x [S, D]."""
+    w, config = run.w, run.config
     prefix, K = f"layers.{layer}.self_attn.", config.head_dim
-    q, k, v = (project(w, config, prefix, f"{name}_proj", t, x) for name in "qkv")
-    eps = config.rms_norm_eps
-    if config.qk_norm == "flat":
-        q = rms_norm(q, loop_weight(w, prefix + "q_norm", t), eps)
-        k = rms_norm(k, loop_weight(w, prefix + "k_norm", t), eps)
-    queries, keys, values = (list(projected.split(K, dim=-1)) for projected in (q, k, v))
-    if config.qk_norm == "per_head":
-        queries = [rms_norm(head, loop_weight(w, prefix + "q_norm", t), eps) for head in queries]
-        keys = [rms_norm(head, loop_weight(w, prefix + "k_norm", t), eps) for head in keys]
-    queries, keys = [rotate(head, *rope) for head in queries], [rotate(head, *rope) for head in keys]
-    slots.append((torch.stack(keys), torch.stack(values)))
+    queries = heads(w, config, prefix, "q", t, x, run.rope)
+    if layer in run.held:
+        keys, values = run.held[layer]
+    else:
+        keys, values = heads(w, config, prefix, "k", t, x, run.rope), value_heads(run, layer, t, x)
+        run.slots.append((keys, values))
+        core = range(config.num_prelude_layers, config.num_prelude_layers + config.num_core_layers)
+        if config.kv_sharing == "first_loop" and layer in core:
+            run.held[layer] = keys, values
 
     visible = visibility(config, layer, len(x))
-    heads_per_key = config.num_attention_heads // config.num_key_value_heads
+    heads_per_key = len(queries) // len(keys)
     attended = []
     for head, query in enumerate(queries):
         key, value = keys[head // heads_per_key], values[head // heads_per_key]
         scores = (query @ key.T / math.sqrt(K)).masked_fill(~visible, -math.inf)
         attended.append(torch.softmax(scores, dim=-1) @ value)
-    return project(w, config, prefix, "o_proj", t, torch.cat(attended, dim=-1))
+    together = torch.cat(attended, dim=-1)
+    if config.attention_gate == "per_channel":
+        together = together / (1 + torch.exp(-(x @ w[prefix + "gate_proj.weight"].T)))
+    return project(w, config, prefix, "o_proj", t, together)
+
+
+def heads(
+    w: dict[str, Tensor],
+    config: LoopedConfig,
+    prefix: str,
+    name: str,
+    t: int,
+    x: Tensor,
+    rope: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    """Queries (`name` "q") or keys ("k") of every head, clipped, normed and rotated, [heads, S, K]."""
+    eps = config.rms_norm_eps
+    projected = clip(config, project(w, config, prefix, f"{name}_proj", t, x))
+    if config.qk_norm == "flat":
+        projected = rms_norm(projected, loop_weight(w, f"{prefix}{name}_norm", t), eps)
+    of_heads = []
+    for head in projected.split(config.head_dim, dim=-1):
+        if config.qk_norm == "per_head":
+            head = rms_norm(head, loop_weight(w, f"{prefix}{name}_norm", t), eps)
+        if config.qk_norm == "per_head_unweighted":
+            head = rms_norm(head, torch.ones(()), torch.finfo(head.dtype).eps)
+        of_heads.append(head if rope is None else rotate(head, *rope))
+    return torch.stack(of_heads)
+
+
+def value_heads(run: Run, layer: int, t: int, x: Tensor) -> Tensor:
+    """Values of every key-value head, [heads, S, K], with what the layer's value embedding holds for the tokens."""
+    w, config, prefix = run.w, run.config, f"layers.{layer}.self_attn."
+    values = list(project(w, config, prefix, "v_proj", t, x).split(config.head_dim, dim=-1))
+    spec = config.value_embedding
+    if spec["type"] == "gated" and layer in spec["layers"]:
+        embedded = w[f"value_embeddings.{layer}.weight"][run.tokens].split(config.head_dim, dim=-1)
+        for head, row in enumerate(w[prefix + "value_gate.weight"]):
+            gate = 2 / (1 + torch.exp(-(x[:, : spec["gate_channels"]] @ row)))
+            values[head] = values[head] + gate[:, None] * embedded[head]
+    return clip(config, torch.stack(values))
+
+
+def clip(config: LoopedConfig, x: Tensor) -> Tensor:
+    """x, cut at `qkv_clip` on both sides."""
+    c = config.qkv_clip
+    return x if c is None else torch.where(x > c, c, torch.where(x < -c, -c, x))
 
 
 def visibility(config: LoopedConfig, layer: int, length: int) -> Tensor:

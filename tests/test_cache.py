@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache, StaticCache
 import modeling_looped
 from modeling_looped import LoopedConfig
 
-LOOPS = (1, 2, 4)
+LOOPS = (1, 4)
 PROMPTS = (1, 7, 64)
 
 CACHES: dict[str, Callable[[LoopedConfig], Cache]] = {
@@ -37,7 +37,7 @@ def test_cached_steps_equal_uncached(variant):
 
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("num_loops", LOOPS)
-@pytest.mark.parametrize("variant", ["parcae", "sliding", "lora"])
+@pytest.mark.parametrize("variant", ["sliding", "lora", "nanbeige"])
 @torch.no_grad()
 def test_static_cached_steps_equal_uncached(variant, num_loops, prompt):
     model = tiny_model(num_loops=num_loops, **VARIANTS[variant])
@@ -47,7 +47,7 @@ def test_static_cached_steps_equal_uncached(variant, num_loops, prompt):
 
 
 @pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
-@pytest.mark.parametrize("variant", ["parcae", "concat", "sliding", "halting_act"])
+@pytest.mark.parametrize("variant", ["concat", "sliding", "halting_act", "shared", "universal", "wide"])
 @torch.no_grad()
 def test_chunked_prefill_equals_one_piece(variant, make_cache):
     model = tiny_model(**VARIANTS[variant])
@@ -79,6 +79,38 @@ def test_the_cache_that_forward_makes_has_the_slots_of_the_call(num_loops):
     assert model.config.num_hidden_layers == 8
 
 
+@pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
+@torch.no_grad()
+def test_where_loops_share_the_cache_holds_one_slot_per_stored_layer_and_as_many_bytes(make_cache):
+    model = tiny_model(**VARIANTS["shared"])
+    assert model.config.num_hidden_layers == model.config.num_stored_layers == 4
+    held = {}
+    for num_loops in (1, 3, 5):
+        cache = make_cache(model.config.with_num_loops(num_loops))
+        model(random_tokens(2, 7), past_key_values=cache, num_loops=num_loops)
+        assert [int(layer.get_seq_length()) for layer in cache.layers] == [7] * 4
+        held[num_loops] = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
+    length = cache.layers[0].keys.shape[-2]
+    assert set(held.values()) == {4 * 2 * 2 * 2 * length * 8 * 4}, (
+        "slots, k and v, rows, heads, tokens, channels, bytes"
+    )
+
+
+@torch.no_grad()
+def test_the_shared_keys_and_values_are_those_of_the_first_loop():
+    """The later loops' own would be others; a cache of one loop holds the same in the core as one of five."""
+    model, tokens = tiny_model(std=1.0, **VARIANTS["nanbeige"]), random_tokens()
+    one, five = (model(tokens, use_cache=True, num_loops=k).past_key_values for k in (1, 5))
+    for layer in (0, 1, 2):
+        assert torch.equal(one.layers[layer].keys, five.layers[layer].keys)
+        assert torch.equal(one.layers[layer].values, five.layers[layer].values)
+    assert (one.layers[3].keys - five.layers[3].keys).abs().max() > 0.1, "the coda reads another state"
+    unshared = tiny_model(std=1.0, **{**VARIANTS["nanbeige"], "kv_sharing": "none"})
+    unshared.load_state_dict(model.state_dict())
+    assert_close(unshared(tokens, num_loops=1).logits, model(tokens, num_loops=1).logits, atol=0)
+    assert (unshared(tokens, num_loops=2).logits - model(tokens, num_loops=2).logits).abs().max() > 0.1
+
+
 @torch.no_grad()
 def test_loops_keep_different_keys():
     """One slot per loop is not a formality: the shared layer's keys differ in every loop."""
@@ -89,7 +121,7 @@ def test_loops_keep_different_keys():
     assert (second - third).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("variant", ["parcae", "concat", "lora"])
+@pytest.mark.parametrize("variant", ["concat", "lora", "shared"])
 @torch.no_grad()
 def test_a_cropped_cache_continues_as_if_the_tokens_had_not_been(variant):
     model = tiny_model(**VARIANTS[variant])

@@ -42,6 +42,7 @@ def assert_same_step(first, second) -> None:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_loss_and_gradients_are_bit_equal_in_every_mode(variant):
+    """Also where loops share keys and values: these never travel through the cache, so it may be there or not."""
     reference = step(trainable(None, **VARIANTS[variant]), use_cache=False)
     for mode in MODES:
         model = trainable(mode, **VARIANTS[variant])
@@ -49,13 +50,24 @@ def test_loss_and_gradients_are_bit_equal_in_every_mode(variant):
             assert_same_step(step(model, use_cache=use_cache), reference)
 
 
-@pytest.mark.parametrize("attn_implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("variant", ["nanbeige", "shared"])
+@torch.no_grad()
+def test_shared_keys_and_values_make_the_same_logits_with_a_cache_and_without(variant):
+    model = tiny_model(**VARIANTS[variant])
+    for num_loops in (1, 2, 5):
+        with_cache, without = (model(random_tokens(), num_loops=num_loops, use_cache=use) for use in (True, False))
+        assert torch.equal(with_cache.logits, without.logits)
+
+
+@pytest.mark.parametrize(
+    ("variant", "attn_implementation"), [("parcae", "eager"), ("parcae", "sdpa"), ("shared", "sdpa")]
+)
 @pytest.mark.parametrize("mode", ["layer", "loop"])
-def test_recomputation_repeats_the_dropout_of_the_first_pass(mode, attn_implementation):
-    settings = {"attention_dropout": 0.3, "attn_implementation": attn_implementation}
+def test_recomputation_repeats_the_dropout_of_the_first_pass(mode, variant, attn_implementation):
+    settings = {"attention_dropout": 0.3, "attn_implementation": attn_implementation, **VARIANTS[variant]}
     with_dropout = step(trainable(None, **settings))
     assert_same_step(step(trainable(mode, **settings)), with_dropout)
-    without = step(trainable(None, attn_implementation=attn_implementation))
+    without = step(trainable(None, **{**settings, "attention_dropout": 0.0}))
     assert not torch.equal(with_dropout[0], without[0])
 
 
@@ -87,12 +99,13 @@ def test_evaluation_is_not_recomputed(mode):
     assert executions_per_step(trainable(mode).eval()) == [1, 3, 3, 1]
 
 
+@pytest.mark.parametrize("variant", ["parcae", "shared", "sequence"])
 @pytest.mark.parametrize(
     ("mode", "executions"), [(None, [1, 3, 3, 1]), ("layer", [2, 6, 6, 2]), ("loop", [2, 6, 6, 2])]
 )
-def test_every_layer_is_recomputed_exactly_once(mode, executions):
+def test_every_layer_is_recomputed_exactly_once(mode, executions, variant):
     """Not at all without checkpointing; with it, once per pass: a checkpointed loop holds no checkpointed layers."""
-    assert executions_per_step(trainable(mode)) == executions
+    assert executions_per_step(trainable(mode, **VARIANTS[variant])) == executions
 
 
 def executions_per_step(model: torch.nn.Module) -> list[int]:

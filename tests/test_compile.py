@@ -50,7 +50,7 @@ def untouched_copy(model: LoopedForCausalLM) -> LoopedForCausalLM:
 
 
 @pytest.mark.parametrize(
-    "variant", ["parcae", "in_place", "norms", "lora", "sandwich", "post", "sliding", "halting_act", "stacked"]
+    "variant", ["parcae", "in_place", "norms", "lora", "albert", "sliding", "universal", "stacked", "shared", "wide"]
 )
 @torch.no_grad()
 def test_compiled_blocks_have_as_many_graphs_for_sixteen_loops_as_for_two(variant):
@@ -63,10 +63,11 @@ def test_compiled_blocks_have_as_many_graphs_for_sixteen_loops_as_for_two(varian
         assert_close(model(tokens, num_loops=num_loops).logits, expected)
         counts.append(backend.graphs)
     assert counts[1:] == [counts[1]] * 15
-    # Two halves of a block. The core's are graphs of their own only where a table with one row per loop is read: one
-    # for the first loop and one for all others.
-    per_loop_tables = model.config.loop_conditioning["type"] == "norms" or model.config.loop_adapter["type"] == "lora"
-    assert counts[-1] == 2 * (1 + 2 if per_loop_tables else 1)
+    # Two halves of a block. The core's are graphs of their own only where it has other sizes, or where a table with one
+    # row per loop is read: one for the first loop and one for all others.
+    config = model.config
+    per_loop_tables = config.loop_conditioning["type"] == "norms" or config.loop_adapter["type"] == "lora"
+    assert counts[-1] == 2 * (1 + 2 if per_loop_tables else 2 if config.core_hidden_size else 1)
     assert not counters["graph_break"]
     assert not counters["recompile_limit"]
 

@@ -11,9 +11,11 @@ from transformers.activations import ACT2FN
 from transformers.generation import GenerationConfig
 
 from modeling_looped import LoopedConfig
+from modeling_looped.config_checks import CORE_SIZES
 from modeling_looped.configuration_looped import FOREIGN_LOOP_NAMES, STRATEGY_FIELDS
 
 FULL, SLIDING = "full_attention", "sliding_attention"
+CORE_WIDTH = "core_hidden_size=48 is not hidden_size=32"
 
 #: What is written -> what the message must contain, beside the field and the value.
 REFUSED = {
@@ -28,7 +30,10 @@ REFUSED = {
         name: ({name: 0}, [f"{name}=0", "at least 1"])
         for name in ("vocab_size", "intermediate_size", "max_position_embeddings", "num_attention_heads")
     },
-    **{name: ({name: 0}, [f"{name}=0", "None or at least 1"]) for name in ("max_trained_loops", "backprop_loops")},
+    **{
+        name: ({name: 0}, [f"{name}=0", "None or at least 1"])
+        for name in ("max_trained_loops", "backprop_loops", "embedding_size", *CORE_SIZES)
+    },
     "window_of_one": ({"sliding_window": 1}, ["sliding_window=1", "None or at least 2"]),
     "no_key_value_heads": ({"num_key_value_heads": 0}, ["num_key_value_heads=0", "at least 1"]),
     "odd_groups": ({"num_attention_heads": 3}, ["num_attention_heads=3", "multiple of num_key_value_heads=2"]),
@@ -39,9 +44,20 @@ REFUSED = {
     "classifier_dropout": ({"classifier_dropout": -0.1}, ["classifier_dropout=-0.1", "[0, 1)"]),
     "mlp_type": ({"mlp_type": "swiglu"}, ["mlp_type='swiglu'", "gated, plain"]),
     "hidden_act": ({"hidden_act": "sillu"}, ["hidden_act='sillu'", *ACT2FN]),
-    "qk_norm": ({"qk_norm": "head"}, ["qk_norm='head'", "none, per_head, flat"]),
+    "qk_norm": ({"qk_norm": "head"}, ["qk_norm='head'", "none, per_head, per_head_unweighted, flat"]),
+    "mlp_output_act": ({"mlp_output_act": "sillu"}, ["mlp_output_act='sillu'", "None, half_relu2", *ACT2FN]),
+    "norm_type": ({"norm_type": "layernorm"}, ["norm_type='layernorm'", "rms, rms_unweighted, layer, layer_unbiased"]),
+    "attention_gate": ({"attention_gate": "sigmoid"}, ["attention_gate='sigmoid'", "none, per_channel"]),
+    "position_embedding": ({"position_embedding": "alibi"}, ["position_embedding='alibi'", "rope, learned, none"]),
+    "kv_sharing": ({"kv_sharing": "last_loop"}, ["kv_sharing='last_loop'", "none, first_loop"]),
+    "mlm_head": ({"mlm_head": "bert"}, ["mlm_head='bert'", "linear, transform"]),
+    "no_clip": ({"qkv_clip": 0}, ["qkv_clip=0", "None or a positive number"]),
+    "endless_clip": ({"qkv_clip": float("inf")}, ["qkv_clip=inf", "None or a positive number"]),
+    "type_vocab_size": ({"type_vocab_size": -1}, ["type_vocab_size=-1", "at least 0"]),
+    "group_size": ({"core_group_size": 3}, ["core_group_size=3", "None or a divisor of num_core_layers=2"]),
+    "no_group": ({"core_group_size": 0}, ["core_group_size=0", "None or a divisor of num_core_layers=2"]),
     "norm_placement": ({"norm_placement": "peri"}, ["norm_placement='peri'", "pre, sandwich, sandwich_sum, post"]),
-    "final_norm": ({"final_norm": "loops"}, ["final_norm='loops'", "end, every_loop, after_loops"]),
+    "final_norm": ({"final_norm": "loops"}, ["final_norm='loops'", "end, every_loop, after_loops, none"]),
     "granularity": ({"checkpoint_granularity": "block"}, ["checkpoint_granularity='block'", "layer, loop"]),
     "softcap": ({"final_logit_softcapping": 0}, ["final_logit_softcapping=0", "None or positive"]),
     "eps": ({"rms_norm_eps": 0.0}, ["rms_norm_eps=0.0", "positive"]),
@@ -70,6 +86,53 @@ REFUSED = {
         {"mlp_type": "plain", "loop_adapter": "lora"},
         ["gate_proj", "mlp_type='plain'", "up_proj, down_proj"],
     ),
+    "value_bias": (
+        {"attention_value_bias": 1},
+        ["attention_value_bias=1", "True, False, or None to follow attention_bias"],
+    ),
+    "clip_and_bias": ({"qkv_clip": 2.0, "attention_bias": True}, ["qkv_clip=2.0", "attention_bias=True", "one of"]),
+    "core_heads": (
+        {"core_num_attention_heads": 6, "core_num_key_value_heads": 4},
+        ["core_num_attention_heads=6", "multiple of core_num_key_value_heads=4"],
+    ),
+    **{
+        f"core_width_and_{name}": ({"core_hidden_size": 48, "readout": "linear", **settings}, [CORE_WIDTH, *said])
+        for name, (settings, said) in {
+            "injection": ({"injection": "add"}, ["injection='add'", "concat or diagonal"]),
+            "state": ({"state_init": "input"}, ["state_init='input'", "use another"]),
+            "skip": ({"injection": {"type": "concat", "first_loop": "skip"}}, ["injection.first_loop='skip'"]),
+            "readout": ({"readout": "none"}, ["readout='none'", "must be linear"]),
+            "norm": ({"final_norm": "every_loop"}, ["final_norm='every_loop'", "use end or after_loops"]),
+        }.items()
+    },
+    "groups_and_injection": (
+        {"core_group_size": 1},
+        ["injection='diagonal' with core_group_size=1", "use 'none', or core_group_size=None"],
+    ),
+    "groups_and_halting": (
+        {"core_group_size": 1, "injection": "none", "state_init": "input", "halting": "act"},
+        ["halting='act' with core_group_size=1", "use 'none', or core_group_size=None"],
+    ),
+    "groups_and_norm": (
+        {"core_group_size": 1, "injection": "none", "state_init": "input", "final_norm": "every_loop"},
+        ["final_norm='every_loop' with core_group_size=1", "use end or after_loops"],
+    ),
+    "narrow_embeddings_tied": (
+        {"embedding_size": 16, "tie_word_embeddings": True},
+        ["embedding_size=16 with tie_word_embeddings=True", "use tie_word_embeddings=False"],
+    ),
+    "narrow_embeddings_linear_head": (
+        {"embedding_size": 16, "tie_word_embeddings": True, "is_causal": False},
+        ["embedding_size=16 with tie_word_embeddings=True", "mlm_head='transform'"],
+    ),
+    "value_layer": (
+        {"value_embedding": {"type": "gated", "layers": [1, 4], "gate_channels": 8}},
+        ["value_embedding: layers=[1, 4]", "stored layers, 0..3"],
+    ),
+    "value_gate": (
+        {"value_embedding": {"type": "gated", "layers": [3], "gate_channels": 33}},
+        ["value_embedding: gate_channels=33", "must not exceed the width of layer 3, 32"],
+    ),
     "truncation": (
         {"backprop_loops": 1, "injection": "none", "state_init": "input"},
         ["backprop_loops=1", "injection='none'", "diagonal, add, concat"],
@@ -80,6 +143,9 @@ REFUSED_TOGETHER = [
     *("no_key_value_heads", "odd_groups", "odd_head_dim", "head_dim_text", "num_attention_heads"),
     *("rope_type", "rope_per_type", "prelude_never_enters", "truncation", "adapter_target"),
     *("adapter_without_core", "readout_without_core", "halting_without_core"),
+    *("value_bias", "clip_and_bias", "core_heads", "groups_and_injection", "groups_and_halting", "groups_and_norm"),
+    *(f"core_width_and_{name}" for name in ("injection", "state", "skip", "readout", "norm")),
+    *("narrow_embeddings_tied", "narrow_embeddings_linear_head", "value_layer", "value_gate"),
 ]
 #: `narrow` is wrong only while head_dim follows from hidden_size, and `no_layers` is refused at its last write.
 REFUSED_AT_ONCE = [name for name in REFUSED if name not in (*REFUSED_TOGETHER, "narrow", "no_layers")]

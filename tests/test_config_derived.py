@@ -13,12 +13,14 @@ from transformers.generation import GenerationConfig
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM
 from modeling_looped.configuration_looped import STRATEGY_FIELDS
+from modeling_looped.registry import LayerShape
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def slots_of(config: LoopedConfig) -> int:
-    return config.num_prelude_layers + config.num_core_layers * config.num_loops + config.num_coda_layers
+    loops = config.num_loops if config.kv_sharing == "none" else 1
+    return config.num_prelude_layers + config.num_core_layers * loops + config.num_coda_layers
 
 
 def assert_consistent(config: LoopedConfig) -> None:
@@ -78,11 +80,67 @@ def test_the_depth_follows_every_part(part, layers):
 
 
 def test_a_write_gives_the_config_that_the_constructor_would():
-    for settings in ({"num_loops": 7}, {"sliding_window": 5}, {"injection": "add"}, {"backprop_loops": 2}):
+    for settings in (
+        {"num_loops": 7},
+        {"sliding_window": 5},
+        {"injection": "add"},
+        {"backprop_loops": 2},
+        {"kv_sharing": "first_loop"},
+        {"injection": "none", "state_init": "input", "core_group_size": 1},
+    ):
         config = tiny_config()
         for name, value in settings.items():
             setattr(config, name, value)
         assert config.to_dict() == tiny_config(**settings).to_dict()
+
+
+@pytest.mark.parametrize("num_loops", [1, 2, 9])
+def test_where_loops_share_keys_and_values_the_depth_is_that_of_the_stored_layers(num_loops):
+    types = [FULL, SLIDING, FULL, SLIDING]
+    config = tiny_config(kv_sharing="first_loop", sliding_window=4, stored_layer_types=types, num_loops=num_loops)
+    assert config.num_hidden_layers == 4
+    assert config.layer_types == types
+    assert_consistent(config)
+    assert config.with_num_loops(5).num_hidden_layers == 4
+    config.kv_sharing = "none"
+    assert config.num_hidden_layers == 2 + 2 * num_loops
+    assert_consistent(config)
+
+
+@pytest.mark.parametrize(
+    ("core_group_size", "core"),
+    [(None, [FULL, SLIDING] * 3), (2, [FULL, SLIDING] * 3), (1, [FULL] * 3 + [SLIDING] * 3)],
+)
+def test_the_types_of_the_slots_follow_the_groups(core_group_size, core):
+    config = tiny_config(
+        sliding_window=4,
+        stored_layer_types=[SLIDING, FULL, SLIDING, FULL],
+        injection="none",
+        state_init="input",
+        core_group_size=core_group_size,
+    )
+    assert config.layer_types == [SLIDING, *core, FULL]
+    assert_consistent(config)
+    assert [config.stored_layer_type(layer) for layer in range(4)] == [SLIDING, FULL, SLIDING, FULL]
+
+
+def test_a_core_without_sizes_of_its_own_has_those_of_the_others():
+    config = tiny_config()
+    assert {config.layer_shape(layer) for layer in range(4)} == {LayerShape(32, 48, 4, 2, 8)}
+    assert config.state_size == 32
+    wide = tiny_config(**VARIANTS["wide"])
+    assert [wide.layer_shape(layer) for layer in (0, 3)] == [LayerShape(32, 48, 4, 2, 8)] * 2
+    assert [wide.layer_shape(layer) for layer in (1, 2)] == [LayerShape(48, 40, 6, 3, 8)] * 2
+    assert wide.state_size == 48
+    # key-value heads of the core follow its heads where these are given, as they do outside of it
+    assert tiny_config(core_num_attention_heads=6).layer_shape(1) == LayerShape(32, 48, 6, 6, 8)
+    assert tiny_config(core_num_key_value_heads=4).layer_shape(1) == LayerShape(32, 48, 4, 4, 8)
+
+
+def test_the_bias_of_the_values_follows_where_it_is_left_out():
+    assert [tiny_config(attention_bias=bias).attention_value_bias for bias in (False, True)] == [False, True]
+    assert tiny_config(attention_bias=True, attention_value_bias=False).attention_value_bias is False
+    assert tiny_config(attention_value_bias=True).attention_value_bias is True
 
 
 def test_early_exit_may_write_a_smaller_depth_and_any_depth_field_restores_it():
@@ -210,16 +268,26 @@ def test_every_field_round_trips_at_a_value_that_is_not_its_default(tmp_path):
     settings = {
         "num_prelude_layers": 3,
         "num_core_layers": 1,
+        "core_group_size": 1,
+        "kv_sharing": "first_loop",
+        "core_hidden_size": 40,
+        "core_intermediate_size": 56,
+        "core_num_attention_heads": 6,
+        "core_num_key_value_heads": 3,
         "is_causal": False,
         "max_trained_loops": 8,
         "head_dim": 10,
         "hidden_act": "gelu",
         "mlp_type": "plain",
-        "attention_bias": True,
+        "mlp_output_act": "relu",
+        "attention_gate": "per_channel",
+        "attention_value_bias": True,
         "attention_output_bias": True,
+        "qkv_clip": 8.0,
         "mlp_bias": True,
         "attention_dropout": 0.25,
         "qk_norm": "flat",
+        "norm_type": "layer_unbiased",
         "norm_placement": "sandwich_sum",
         "final_norm": "after_loops",
         "prelude_norm": False,
@@ -227,16 +295,24 @@ def test_every_field_round_trips_at_a_value_that_is_not_its_default(tmp_path):
         "stored_layer_types": [FULL, SLIDING, FULL, SLIDING, FULL],
         "sliding_window": 7,
         "rope_parameters": {"rope_type": "linear", "rope_theta": 123.0, "factor": 2.0},
+        "position_embedding": "learned",
+        "embedding_size": 24,
+        "embedding_projection_bias": False,
+        "embedding_norm": True,
+        "type_vocab_size": 2,
+        "mlm_head": "transform",
+        "sequence_pooling": "first_token",
         "embedding_scale": 0.1,
         "logit_scale": 1 / 3,
         "final_logit_softcapping": 30.0,
         "injection": {"type": "diagonal", "initial_decay": 0.1, "input_matrix": "zoh"},
-        "state_init": {"type": "normal", "std": 1e-4, "seed": 2**40},
+        "state_init": {"type": "normal", "std": 1e-4, "seed": 2**40, "truncation": None},
         "loop_update": {"type": "gated", "initial_gate": 0.7, "free_loops": 1},
         "loop_conditioning": {"type": "norms", "table_loops": 4},
         "loop_adapter": {"type": "lora", "rank": 3, "alpha": 1.5, "targets": ["q_proj"], "table_loops": 2},
-        "halting": {"type": "act", "threshold": 0.9, "initial_bias": -1.0},
+        "halting": {"type": "act", "threshold": 0.9, "initial_bias": -1.0, "form": "universal"},
         "readout": "linear",
+        "value_embedding": {"type": "gated", "layers": [4, 0], "gate_channels": 7},
         "backprop_loops": 2,
         "checkpoint_granularity": "loop",
         "initializer_range": 0.017,
@@ -245,11 +321,22 @@ def test_every_field_round_trips_at_a_value_that_is_not_its_default(tmp_path):
         "tie_word_embeddings": True,
         "classifier_dropout": 0.0,
     }
-    config, plain = tiny_config(**settings), LoopedConfig()
+    # what does not go with some of these
+    apart = [
+        {"attention_bias": True, "attention_value_bias": False},
+        {
+            "schedule": {"type": "nested", "inner_loops": 3},
+            "injection": "none",
+            "state_init": "input",
+            "prefix_lm": True,
+        },
+    ]
+    configs, plain = [tiny_config(**some) for some in (settings, *apart)], LoopedConfig()
     own = inspect.get_annotations(LoopedConfig)
-    assert [field for field in own if getattr(config, field) == getattr(plain, field)] == []
-    for back in round_trips(config, tmp_path):
-        assert {field: getattr(back, field) for field in own} == {field: getattr(config, field) for field in own}
+    assert [f for f in own if all(getattr(config, f) == getattr(plain, f) for config in configs)] == []
+    for config in configs:
+        for back in round_trips(config, tmp_path):
+            assert {field: getattr(back, field) for field in own} == {field: getattr(config, field) for field in own}
 
 
 def test_a_user_written_attribute_and_the_special_tokens_survive(tmp_path):

@@ -167,7 +167,8 @@ def test_loading_with_half_of_the_model_on_disk_computes_the_same(tmp_path, name
     )
     on_disk = {key.rsplit(".", 1)[0] for key, parameter in loaded.named_parameters() if parameter.is_meta}
     assert on_disk
-    assert_same(run(loaded), run(model))
+    # a loaded tensor may lie unaligned in the file's memory, where kernels sum in another order than on the model's own
+    assert_same(run(loaded), run(LoopedForCausalLM.from_pretrained(tmp_path / "model")))
 
 
 @pytest.mark.parametrize("num_loops", [1, 3, 5])

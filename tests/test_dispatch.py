@@ -16,7 +16,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modeling_looped import LoopedForCausalLM
-from modeling_looped.layers import AttentionSlot
+from modeling_looped.attention import AttentionSlot
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
 
@@ -26,7 +26,7 @@ def dispatchers(model: nn.Module) -> list[AttentionSlot]:
 
 
 @pytest.mark.parametrize("num_loops", [1, 2, 5])
-@pytest.mark.parametrize("variant", ["parcae", "sliding", "stacked"])
+@pytest.mark.parametrize("variant", ["parcae", "sliding", "stacked", "sequence", "nanbeige", "wide"])
 def test_the_dispatchers_are_the_slots(variant, num_loops):
     model = tiny_model(num_loops=num_loops, **VARIANTS[variant])
     config = model.config

@@ -15,7 +15,7 @@ from transformers.generation import ContinuousBatchingConfig
 from modeling_looped import LoopedForCausalLM, LoopedForMaskedLM
 
 NAMES = ("flash_attention_2", "flash_attention_3")
-KEY_VARIANTS = ("parcae", "concat", "in_place", "norms", "sliding")
+KEY_VARIANTS = ("concat", "in_place", "norms", "sliding", "shared")
 PACKED_LENGTHS = (4, 1, 9, 6)
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
 
@@ -68,8 +68,8 @@ class FlashStandIn:
         assert q.dtype == k.dtype == v.dtype
         # float64 is not the kernel's: it lets the tests compare exactly
         assert q.dtype in (torch.float16, torch.bfloat16, torch.float64)
-        assert q.shape[-2:] == (4, 8), "heads before channels"
-        assert k.shape[-2:] == v.shape[-2:] == (2, 8), "key-value heads are not repeated"
+        assert q.shape[-2:] in ((4, 8), (6, 8)), "heads before channels"
+        assert k.shape[-2:] == v.shape[-2:] == (q.shape[-2] // 2, 8), "key-value heads are not repeated"
         assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1, "the kernel wants contiguous channels"
         assert softmax_scale == 8**-0.5
         assert dropout_p == 0.0
@@ -132,7 +132,7 @@ def test_flash_equals_sdpa(variant, name, flash):
     tokens = random_tokens(2, 11)
     expected = sdpa_logits(model, tokens)
     assert_close(model(tokens, use_cache=False).logits, expected)
-    assert len(flash.calls) == model.config.num_hidden_layers
+    assert len(flash.calls) == model.config.slot_layout().num_invocations
     assert {(call, causal) for call, _, causal, _ in flash.calls} == {("flash_attn_func", True)}
     if variant == "sliding":
         windows = [window for *_, window in flash.calls]
@@ -188,7 +188,7 @@ def test_packed_texts_equal_separate_texts(variant, use_cache, flash):
     for kwargs in ({"position_ids": positions}, by_lengths, {"position_ids": positions, **by_lengths}):
         assert_close(model(tokens, use_cache=use_cache, **kwargs).logits, expected)
     assert {call for call, *_ in flash.calls} == {"flash_attn_varlen_func"}
-    assert len(flash.calls) == 3 * model.config.num_hidden_layers, "the packing reached every loop"
+    assert len(flash.calls) == 3 * model.config.slot_layout().num_invocations, "the packing reached every loop"
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
@@ -218,7 +218,7 @@ def test_chunks_on_a_cache_equal_sdpa(flash):
 
 
 @pytest.mark.parametrize("num_loops", [None, 1])
-@pytest.mark.parametrize("variant", ["parcae", "sliding"])
+@pytest.mark.parametrize("variant", ["parcae", "sliding", "shared"])
 def test_generate_batch_equals_sdpa(variant, num_loops, flash):
     model = flash_model(**VARIANTS[variant])
     prompts = [random_tokens(1, length, seed=length)[0].tolist() for length in (3, 11, 6)]

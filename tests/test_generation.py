@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, StaticCache
 from transformers.cache_utils import QuantizedCache
 
-KEY_VARIANTS = ("parcae", "concat", "in_place", "damped", "norms", "lora", "sandwich", "sliding", "halting_act")
+KEY_VARIANTS = ("parcae", "concat", "in_place", "norms", "lora", "sliding", "universal", "shared", "parcae_code")
 
 # eos_token_id=-1: nothing stops early, so that every comparison covers all the tokens
 GREEDY = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": -1}
@@ -38,7 +38,7 @@ def test_cached_generation_equals_uncached(variant, mode):
     assert of_loops[0] != of_loops[1], "the loop count must matter for this test to mean anything"
 
 
-@pytest.mark.parametrize("num_loops", [1, 3, 5])
+@pytest.mark.parametrize("num_loops", [3, 5])
 @pytest.mark.parametrize("cache", ["dynamic", "static", "quantized"])
 def test_the_cache_that_generate_makes_has_the_slots_of_the_call(cache, num_loops):
     model = tiny_model()
@@ -73,7 +73,7 @@ def test_generate_with_a_quantised_cache_equals_a_quantised_cache_passed_in(back
 
 
 @pytest.mark.parametrize("num_loops", [None, 2])
-@pytest.mark.parametrize("variant", ["parcae", "concat", "sliding"])
+@pytest.mark.parametrize("variant", ["concat", "sliding", "shared"])
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_a_second_turn_on_the_old_cache_equals_a_fresh_start(kind, variant, num_loops):
     model = tiny_model(std=1.0, **VARIANTS[variant])
@@ -89,7 +89,7 @@ def test_a_second_turn_on_the_old_cache_equals_a_fresh_start(kind, variant, num_
 
 @pytest.mark.parametrize("num_loops", [None, 2])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("variant", ["parcae", "concat", "sliding"])
+@pytest.mark.parametrize("variant", ["concat", "sliding", "universal"])
 def test_prefill_in_chunks_changes_no_token(variant, cache, num_loops):
     model = tiny_model(std=1.0, **VARIANTS[variant])
     tokens = random_tokens(2, 13)
@@ -109,8 +109,7 @@ def test_prefill_in_chunks_changes_no_token(variant, cache, num_loops):
             assert chunked == whole
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("variant", KEY_VARIANTS)
+@pytest.mark.parametrize(("variant", "attention"), [*((name, "sdpa") for name in KEY_VARIANTS), ("sliding", "eager")])
 def test_left_padded_rows_continue_as_they_would_alone(variant, attention):
     model = tiny_model(std=1.0, attn_implementation=attention, **VARIANTS[variant])
     prompts = [random_tokens(1, length, seed=length)[0] for length in (3, 9, 6)]
@@ -121,7 +120,7 @@ def test_left_padded_rows_continue_as_they_would_alone(variant, attention):
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("variant", KEY_VARIANTS)
+@pytest.mark.parametrize("variant", (*KEY_VARIANTS, "huginn", "albert", "wide"))
 @torch.no_grad()
 def test_padding_on_either_side_leaves_a_rows_logits_alone(variant, attention):
     model = tiny_model(attn_implementation=attention, **VARIANTS[variant])
@@ -170,6 +169,41 @@ def test_generation_from_embeddings_equals_generation_from_tokens():
     assert model.generate(inputs_embeds=embeds, **GREEDY).tolist() == generated(model, tokens, **GREEDY)
 
 
+def test_generation_from_embeddings_of_a_model_that_reads_the_tokens_again_is_refused():
+    model, tokens = tiny_model(**VARIANTS["parcae_code"]), random_tokens(2, 7)
+    embeds = model.get_input_embeddings()(tokens)
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"value_embedding='gated' reads the token ids.*input_ids"):
+            call(inputs_embeds=embeds)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_with_token_types_equals_generation_without_a_cache(cache):
+    model = tiny_model(std=1.0, **VARIANTS["albert"])
+    tokens, types = random_tokens(2, 7), torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 0, 1, 0, 1, 0, 1]])
+    cached = generated(model, tokens, token_type_ids=types, cache_implementation=cache, **GREEDY)
+    assert cached == generated(model, tokens, token_type_ids=types, use_cache=False, **GREEDY)
+    assert cached != generated(model, tokens, **GREEDY)
+
+
+def test_more_tokens_than_learned_positions_are_refused_with_both_numbers():
+    model = tiny_model(**{**VARIANTS["albert"], "max_position_embeddings": 8})
+    model(random_tokens(1, 8))
+    with pytest.raises(ValueError, match=r"9 tokens are more than max_position_embeddings=8.*'learned'"):
+        model(random_tokens(1, 9))
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generation_past_the_learned_positions_is_refused_with_both_numbers(cache):
+    model = tiny_model(**{**VARIANTS["albert"], "max_position_embeddings": 8})
+    assert (
+        len(generated(model, random_tokens(1, 5), cache_implementation=cache, **GREEDY | {"max_new_tokens": 4})[0])
+        == 4
+    )
+    with pytest.raises(ValueError, match=r"9 tokens are more than max_position_embeddings=8.*'learned'"):
+        model.generate(random_tokens(1, 5), cache_implementation=cache, **GREEDY)
+
+
 def test_generation_stops_at_the_end_token():
     model = tiny_model(std=1.0)
     tokens = random_tokens(1, 7)
@@ -183,9 +217,10 @@ def test_generation_stops_at_the_end_token():
 
 
 @pytest.mark.parametrize("num_loops", [None, 5])
-@pytest.mark.parametrize("variant", ["parcae", "sandwich", "sliding"])
+@pytest.mark.parametrize("variant", ["parcae", "sliding", "sequence", "shared"])
 def test_assisted_decoding_equals_greedy(variant, num_loops):
     model = tiny_model(std=1.0, **VARIANTS[variant])
+    slots = model.config.num_hidden_layers
     llama = LlamaConfig(
         vocab_size=97, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
@@ -202,8 +237,24 @@ def test_assisted_decoding_equals_greedy(variant, num_loops):
         "more slots than it has": {"assistant_early_exit": 50},
     }
     for name, drafter in drafters.items():
+        if variant == "shared" and "assistant_early_exit" in drafter:
+            continue  # the next test
         assert generated(model, tokens, num_loops=num_loops, **drafter, **GREEDY) == alone, name
-        assert model.config.num_hidden_layers == 8, name
+        assert model.config.num_hidden_layers == slots, name
+
+
+@pytest.mark.parametrize("early_exit", [1, 3])
+def test_early_exit_where_loops_share_keys_and_values_is_refused_with_what_to_do(early_exit):
+    model, tokens = tiny_model(std=1.0, **VARIANTS["shared"]), random_tokens(1, 7)
+    message = (
+        rf"kv_sharing='first_loop'.*num_hidden_layers={early_exit} .*assistant_early_exit.*"
+        r"assistant_model=model\.with_num_loops\(1\)"
+    )
+    expected = generated(model, tokens, **GREEDY)
+    with pytest.raises(ValueError, match=message):
+        model.generate(tokens, assistant_early_exit=early_exit, **GREEDY)
+    assert model.config.num_hidden_layers == 4, "what the refused call has written must not stay"
+    assert generated(model, tokens, **GREEDY) == expected
 
 
 @pytest.mark.parametrize("where", ["argument", "generation config", "model's generation config"])
@@ -226,9 +277,10 @@ def test_a_drafter_keeps_its_own_loop_count(where):
 
 @pytest.mark.parametrize("num_loops", [None, 5])
 @pytest.mark.parametrize("last_slot", range(1, 9))
+@pytest.mark.parametrize("variant", ["parcae", "sequence"])
 @torch.no_grad()
-def test_early_exit_runs_the_first_slots_and_no_others(last_slot, num_loops):
-    model = tiny_model()
+def test_early_exit_runs_the_first_slots_and_no_others(variant, last_slot, num_loops):
+    model = tiny_model(**VARIANTS[variant])
     slots: list[int] = []
     for layer in model.model.layers:
         layer.register_forward_hook(lambda _, args, __: slots.append(args[1]))

@@ -20,7 +20,7 @@ LOOPS = 5  # asked for in every way; the saved model has 3
 GREEDY = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": -1}
 
 
-@pytest.fixture(params=["parcae", "in_place", "damped", "norms", "lora", "sandwich", "sliding"])
+@pytest.fixture(params=["parcae", "damped", "norms", "lora", "sliding", "shared"])
 def folder(request, tmp_path) -> Path:
     """A saved model with three loops."""
     tiny_model(std=1.0, **VARIANTS[request.param]).save_pretrained(tmp_path)
@@ -66,7 +66,8 @@ def test_every_route_gives_the_same_logits(folder):
     assert (expected - plain(tokens).logits).abs().max() > 0.1
     for name, route in ROUTES_TO_A_MODEL.items():
         model = route(folder)
-        assert model.config.num_hidden_layers == len(model.config.layer_types) == 2 + 2 * LOOPS, name
+        slots = model.config.slot_layout(LOOPS).num_slots
+        assert model.config.num_hidden_layers == len(model.config.layer_types) == slots, name
         assert_close(model(tokens).logits, expected, atol=0)
         cache = model(tokens, use_cache=True).past_key_values
         assert len(cache) == model.config.num_hidden_layers, name

@@ -20,10 +20,11 @@ def capture_by_slot(model: LoopedForCausalLM) -> dict[int, tuple[int, int, torch
     return captured
 
 
+@pytest.mark.parametrize("variant", ["parcae", "sequence"])
 @pytest.mark.parametrize("num_loops", [1, 3, 5])
 @torch.no_grad()
-def test_hooks_see_which_slot_and_loop_they_are_in(num_loops):
-    model = tiny_model()
+def test_hooks_see_which_slot_and_loop_they_are_in(num_loops, variant):
+    model = tiny_model(**VARIANTS[variant])
     captured = capture_by_slot(model)
     model(random_tokens(), num_loops=num_loops)
     layout = model.config.slot_layout(num_loops)
@@ -35,20 +36,22 @@ def test_hooks_see_which_slot_and_loop_they_are_in(num_loops):
 
 @pytest.mark.parametrize("of", ["base", "causal"])
 @pytest.mark.parametrize("num_loops", [1, 3, 5])
-@pytest.mark.parametrize("variant", ["parcae", "in_place", "sandwich", "sandwich_sum", "halting_act", "stacked"])
+@pytest.mark.parametrize("variant", ["in_place", "sandwich", "huginn", "halting_act", "stacked", "sequence", "shared"])
 @torch.no_grad()
-def test_hidden_states_are_the_outputs_of_the_slots(variant, num_loops, of):
+def test_hidden_states_are_the_outputs_of_the_invocations(variant, num_loops, of):
     model = tiny_model(**VARIANTS[variant])
-    captured = capture_by_slot(model)
+    outputs: list[torch.Tensor] = []
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda _, __, output: outputs.append(output))
     tokens = random_tokens()
     embeddings = model.get_input_embeddings()(tokens) * model.config.embedding_scale
     run = model if of == "causal" else model.model
     states = run(tokens, num_loops=num_loops, output_hidden_states=True).hidden_states
-    slots = model.config.slot_layout(num_loops).num_slots
-    assert len(states) == slots + 1
+    assert len(states) == model.config.slot_layout(num_loops).num_invocations + 1
     assert torch.equal(states[0], embeddings)
-    for slot in range(slots - 1):
-        assert torch.equal(states[slot + 1], captured[slot][2])
+    for state, output in zip(states[1:-1], outputs, strict=False):
+        # where loops share keys and values, these come with the residual stream
+        assert torch.equal(state, output[0] if isinstance(output, tuple) else output)
     # as in every Transformers model, the last one is what the head reads
     assert torch.equal(states[-1], model.model(tokens, num_loops=num_loops).last_hidden_state)
     assert torch.equal(model.to_logits(states[-1]), model(tokens, num_loops=num_loops).logits)
@@ -56,9 +59,10 @@ def test_hidden_states_are_the_outputs_of_the_slots(variant, num_loops, of):
 
 @pytest.mark.parametrize("num_loops", [None, 1, 5])
 @pytest.mark.parametrize("selected", [-1, 2, [-1], [0, -2], [3, 4]])
+@pytest.mark.parametrize("variant", ["parcae", "shared"])
 @torch.no_grad()
-def test_selected_hidden_states_are_those_of_the_whole_list(selected, num_loops):
-    model = tiny_model()
+def test_selected_hidden_states_are_those_of_the_whole_list(variant, selected, num_loops):
+    model = tiny_model(**VARIANTS[variant])
     tokens = random_tokens()
     everything = model(tokens, num_loops=num_loops, output_hidden_states=True).hidden_states
     some = model(tokens, num_loops=num_loops, output_hidden_states=selected).hidden_states
@@ -69,13 +73,14 @@ def test_selected_hidden_states_are_those_of_the_whole_list(selected, num_loops)
 
 
 @pytest.mark.parametrize("num_loops", [1, 3, 5])
-@pytest.mark.parametrize("variant", ["parcae", "sliding", "halting_act"])
+@pytest.mark.parametrize("variant", ["parcae", "sliding", "halting_act", "shared"])
 @torch.no_grad()
-def test_eager_attention_returns_the_weights_of_every_slot(variant, num_loops):
+def test_eager_attention_returns_the_weights_of_every_invocation(variant, num_loops):
     model = tiny_model(attn_implementation="eager", **VARIANTS[variant])
     tokens = random_tokens(2, 9)
     weights = model(tokens, num_loops=num_loops, output_attentions=True).attentions
-    types = model.config.with_num_loops(num_loops).layer_types
+    layout = model.config.slot_layout(num_loops)
+    types = [model.config.stored_layer_type(layout.invocation(index).layer) for index in range(layout.num_invocations)]
     assert len(weights) == len(types)
     future = torch.ones(9, 9, dtype=torch.bool).triu(1)
     for kind, of_slot in zip(types, weights, strict=True):
@@ -97,12 +102,14 @@ def test_loop_hidden_states_are_the_state_before_and_after_each_loop(variant, nu
         return
     states = model(tokens, num_loops=num_loops, output_loop_hidden_states=True).loop_hidden_states
     of_base = model.model(tokens, num_loops=num_loops, output_loop_hidden_states=True).loop_hidden_states
-    assert len(states) == len(of_base) == num_loops + 1
+    groups = model.config.num_core_layers // (model.config.core_group_size or model.config.num_core_layers)
+    assert len(states) == len(of_base) == groups * num_loops + 1
     assert all(torch.equal(one, other) for one, other in zip(states, of_base, strict=True))
-    assert all(state.shape == (2, 7, 32) for state in states)
+    assert all(state.shape == (2, 7, model.config.state_size) for state in states)
     assert model(tokens, num_loops=num_loops).loop_hidden_states is None
     # the recurrence: the last state of a shorter run is the state of the longer one at that loop
-    if model.config.loop_update["type"] != "damped":  # whose step depends on the number of loops
+    # but a damped step depends on the number of loops, and a group's loops come before the next group's
+    if model.config.loop_update["type"] != "damped" and groups == 1:
         for loops in range(1, num_loops):
             shorter = model(tokens, num_loops=loops, output_loop_hidden_states=True).loop_hidden_states
             assert torch.equal(shorter[-1], states[loops])

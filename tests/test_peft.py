@@ -69,15 +69,20 @@ def adapted_modules(model: torch.nn.Module) -> list[str]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_all_linear_puts_one_adapter_on_every_stored_projection_and_nowhere_else(variant):
-    """Not on the strategies' matrices, not on the loop adapters, not on the head, and not once per loop."""
+    """Not on the injections' matrices, not on the loop adapters, not on the head, and not once per loop."""
     model = same_model(**VARIANTS[variant])
-    config, names = model.config, ("q_proj", "k_proj", "v_proj", "o_proj")
+    config, names = model.config, ["q_proj", "k_proj", "v_proj", "o_proj"]
+    if config.attention_gate != "none":
+        names.append("gate_proj")
     expected = {
         f"model.layers.{layer}.{part}.{name}"
         for layer in range(config.num_stored_layers)
         for part, projections in (("self_attn", names), ("mlp", config.mlp_projections))
         for name in projections
     }
+    expected |= {f"model.layers.{layer}.self_attn.value_gate" for layer in config.value_embedding.get("layers", ())}
+    if config.embedding_size is not None:
+        expected.add("model.embedding_projection")
     found = adapted_modules(adapted(model, LoraConfig(target_modules="all-linear")))
     assert len(found) == len(set(found))
     assert set(found) == expected

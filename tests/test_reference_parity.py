@@ -13,12 +13,70 @@ LOGITS = {"rtol": 1e-5, "atol": 1e-5}
 #: Largest difference between two gradients of one parameter, as a part of its largest entry.
 GRADIENT_TOLERANCE = 2e-5
 
-#: More than the tables hold (the tiny models are built with three loops), fewer, and one.
-LOOP_COUNTS = (1, 2, 5)
+#: Fewer than the tables hold (the tiny models are built with three loops), and more.
+LOOP_COUNTS = (1, 5)
 
 #: What the shared variants leave out.
 MORE_VARIANTS = {
     "concat_input": {"injection": "linear", "state_init": "input", "prelude_norm": False},
+    "zoh": {"injection": {"type": "diagonal", "input_matrix": "zoh"}, "readout": "linear"},
+    "sandwich_sum": {"norm_placement": "sandwich_sum", "final_norm": "end"},
+    "post": {"norm_placement": "post", "mlp_type": "plain", "hidden_act": "gelu"},
+    "concat_wide": {
+        "core_hidden_size": 20,
+        "core_num_attention_heads": 3,
+        "injection": "concat",
+        "state_init": {"type": "normal", "std": 1.0},
+        "loop_update": "gated",
+        "loop_conditioning": "norms",
+        "loop_adapter": {"type": "lora", "rank": 2},
+        "halting": {"type": "gate", "threshold": 0.5},
+        "readout": "linear",
+        "final_norm": "after_loops",
+        "qk_norm": "flat",
+    },
+    "groups": {
+        "num_core_layers": 4,
+        "core_group_size": 2,
+        "kv_sharing": "first_loop",
+        "injection": "none",
+        "state_init": "input",
+        "loop_update": "learned_scale",
+        "loop_conditioning": {"type": "norms", "table_loops": 2},
+        "value_embedding": {"type": "gated", "layers": [1, 4, 5], "gate_channels": 1},
+        "stored_layer_types": ["full_attention", "sliding_attention"] * 3,
+        "sliding_window": 3,
+    },
+    "shared_add": {
+        "kv_sharing": "first_loop",
+        "injection": "add",
+        "loop_adapter": {"type": "lora", "rank": 2},
+        "attention_gate": "per_channel",
+        "qkv_clip": 0.4,
+        "value_embedding": {"type": "gated", "layers": [2], "gate_channels": 3},
+    },
+    "sinusoidal": {"loop_conditioning": "sinusoidal"},
+    "sinusoidal_positions": {
+        "loop_conditioning": {"type": "sinusoidal", "scale": 0.3, "positions": "every_loop"},
+        "hidden_size": 33,
+        "head_dim": 8,
+    },
+    "value_bias": {"attention_value_bias": True, "attention_output_bias": True, "norm_type": "layer"},
+    "layer_rows": {"norm_type": "layer_unbiased", "loop_conditioning": "norms", "norm_placement": "sandwich"},
+    "narrow_embeddings": {
+        "embedding_size": 12,
+        "embedding_projection_bias": False,
+        "embedding_norm": True,
+        "embedding_scale": 3.0,
+        "norm_type": "rms_unweighted",
+        "position_embedding": "none",
+        "final_norm": "none",
+    },
+    "output_act": {"mlp_output_act": "tanh", "qk_norm": "per_head_unweighted", "hidden_act": "half_relu2"},
+    "act_universal": {
+        "halting": {"type": "act", "form": "universal", "threshold": 0.8, "initial_bias": -0.6},
+        "state_init": "input",
+    },
     "damped_fixed": {"loop_update": {"type": "damped", "steps": 4}},
     "lora_some": {"loop_adapter": {"type": "lora", "rank": 2, "alpha": 5.0, "targets": ["v_proj", "down_proj"]}},
     "lora_plain": {
@@ -124,25 +182,32 @@ def test_every_slot_holds_the_keys_and_values_of_its_invocation(variant):
         torch.testing.assert_close(layer.values[0], values[:, held], **LOGITS)
 
 
-@pytest.mark.parametrize("variant", ["parcae", "sandwich", "damped", "concat", "norms"])
+@pytest.mark.parametrize("variant", ["parcae", "sandwich", "damped", "concat", "norms", "sequence", "groups", "wide"])
 def test_loop_hidden_states_equal_the_reference_states(variant):
-    model = tiny_model(**VARIANTS[variant])
+    model = tiny_model(**ALL_VARIANTS[variant])
     tokens = random_tokens(1, 5)
     states = model(tokens, num_loops=4, output_loop_hidden_states=True).loop_hidden_states
     trace = reference_trace(reference_weights(model), model.config, tokens[0], num_loops=4)
-    assert len(states) == len(trace.states) == 5
+    assert len(states) == len(trace.states) == 1 + 4 * (2 if model.config.core_group_size else 1)
     for state, expected in zip(states, trace.states, strict=True):
         torch.testing.assert_close(state[0], expected, **LOGITS)
 
 
-@pytest.mark.parametrize("variant", ["state_change", "gate", "gate_off", "gate_expected", "act", "act_sandwich"])
-def test_tokens_halt_after_the_loops_of_the_reference(variant):
-    model = tiny_model(**MORE_VARIANTS[variant])
+@pytest.mark.parametrize(
+    "variant",
+    ["state_change", "gate", "gate_off", "gate_expected", "act", "act_sandwich", "act_universal", "concat_wide"],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_tokens_halt_after_the_loops_and_with_the_probabilities_of_the_reference(variant, training):
     tokens = random_tokens(1, 31)
-    exits = model(tokens, num_loops=5).exit_loops[0]
-    trace = reference_trace(reference_weights(model), model.config, tokens[0], num_loops=5)
-    assert exits.tolist() == trace.exit_loops.tolist()
-    assert len(set(exits.tolist())) > 1 or variant == "gate_off"
+    settings = {"state_init": "zeros"} if training and variant == "concat_wide" else {}  # its own start is drawn
+    model = tiny_model(**(MORE_VARIANTS[variant] | settings)).train(training)
+    output = model(tokens, num_loops=5)
+    trace = reference_trace(reference_weights(model), model.config, tokens[0], num_loops=5, training=training)
+    exits = output.exit_loops[0].tolist()
+    assert exits == trace.exit_loops.tolist()
+    assert len(set(exits)) > 1 or variant in ("gate_off", "concat_wide")
+    torch.testing.assert_close(output.exit_probabilities[0], trace.exit_probabilities, **LOGITS)
 
 
 @pytest.mark.parametrize("num_loops", LOOP_COUNTS)
@@ -160,7 +225,7 @@ def test_the_gates_straight_through_gradient_equals_the_reference(num_loops):
 
 
 @pytest.mark.parametrize(("backprop_loops", "granularity"), [(1, "layer"), (2, "loop"), (3, "layer"), (4, "loop")])
-@pytest.mark.parametrize("variant", ["parcae", "add", "concat", "lora", "norms", "embedding", "gated"])
+@pytest.mark.parametrize("variant", ["parcae", "concat", "lora", "norms", "embedding", "gated", "shared", "skip"])
 def test_truncated_backpropagation_equals_an_explicit_detach(variant, granularity, backprop_loops):
     settings = {"state_init": "zeros", "backprop_loops": backprop_loops, "checkpoint_granularity": granularity}
     model = tiny_model(**(VARIANTS[variant] | settings)).train()
@@ -191,7 +256,10 @@ def test_truncation_changes_the_gradient_and_nothing_else():
 
 
 @pytest.mark.parametrize(("attn_implementation", "num_loops"), [("sdpa", 1), ("sdpa", 5), ("eager", 2)])
-@pytest.mark.parametrize("variant", ["parcae", "in_place", "norms", "lora", "sliding", "all_sliding", "capped"])
+@pytest.mark.parametrize(
+    "variant",
+    ["parcae", "in_place", "lora", "sliding", "all_sliding", "capped", "nanbeige", "wide", "albert"],
+)
 def test_the_bidirectional_model_equals_the_reference(variant, attn_implementation, num_loops):
     config = tiny_config(is_causal=False, **ALL_VARIANTS[variant])
     config._attn_implementation = attn_implementation
@@ -205,8 +273,45 @@ def test_the_bidirectional_model_equals_the_reference(variant, attn_implementati
     assert_same_gradients(model, weights, (logits * direction).sum(), (expected * direction).sum())
 
 
-def test_explicit_positions_equal_the_reference_at_those_positions():
-    model = tiny_model(state_init={"type": "normal", "std": 1.0})
+#: The head of ALBERT and BERT, with the embeddings as its output matrix and without.
+TRANSFORM_HEADS = {
+    "albert": VARIANTS["albert"] | {"tie_word_embeddings": True},
+    "untied": VARIANTS["albert"] | {"tie_word_embeddings": False, "logit_scale": 0.5, "final_logit_softcapping": 3.0},
+    "full_width": {"hidden_act": "silu", "tie_word_embeddings": True},
+}
+
+
+@pytest.mark.parametrize("head", TRANSFORM_HEADS)
+def test_the_transform_head_equals_the_reference(head):
+    config = tiny_config(is_causal=False, mlm_head="transform", **TRANSFORM_HEADS[head])
+    model = randomise(LoopedForMaskedLM(config)).eval()
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == config.tie_word_embeddings
+    weights = reference_weights(model)
+    tokens = random_tokens(2, 7)
+    logits = model(tokens).logits
+    expected = torch.stack([reference_logits(weights, config, row) for row in tokens])
+    torch.testing.assert_close(logits, expected, **LOGITS)
+    direction = cotangent(logits)
+    assert_same_gradients(model, weights, (logits * direction).sum(), (expected * direction).sum())
+
+
+def test_token_types_equal_the_reference_with_those_types():
+    model = tiny_model(**VARIANTS["albert"])
+    weights = reference_weights(model)
+    tokens, types = random_tokens(2, 7), torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1, 0, 1, 0, 1, 0, 1]])
+    logits = model(tokens, token_type_ids=types).logits
+    rows = [
+        reference_logits(weights, model.config, row, token_types=of) for row, of in zip(tokens, types, strict=True)
+    ]
+    torch.testing.assert_close(logits, torch.stack(rows), **LOGITS)
+    assert not torch.allclose(logits, model(tokens).logits)
+    direction = cotangent(logits)
+    assert_same_gradients(model, weights, (logits * direction).sum(), (torch.stack(rows) * direction).sum())
+
+
+@pytest.mark.parametrize("variant", ["parcae", "huginn", "parcae_code", "albert", "universal"])
+def test_explicit_positions_equal_the_reference_at_those_positions(variant):
+    model = tiny_model(**VARIANTS[variant])
     tokens, positions = random_tokens(1, 6), torch.tensor([[3, 4, 7, 9, 20, 21]])
     ones = torch.ones_like(tokens)  # with a mask, gaps between positions are gaps and not packed sequences
     expected = reference_logits(reference_weights(model), model.config, tokens[0], positions=positions[0])

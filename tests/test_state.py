@@ -137,6 +137,34 @@ def test_evaluation_follows_the_seed_the_std_and_the_position():
     assert torch.equal(shifted[:, :2], state[:, 5:])
 
 
+@pytest.mark.parametrize("cut", [0.5, 2.0, math.inf])
+def test_the_normal_may_be_cut_elsewhere_or_nowhere(cut):
+    u = torch.linspace(1e-3, 1 - 1e-3, 999, dtype=torch.float64)
+    low, high = (torch.special.ndtr(torch.tensor(side, dtype=torch.float64)) for side in (-cut, cut))
+    back = (torch.special.ndtr(truncated_normal(u, cut=cut)) - low) / (high - low)
+    torch.testing.assert_close(back, u, rtol=0, atol=1e-12)
+    state = first_state(normal_model(truncation=None if cut == math.inf else cut), random_tokens(1, 200))
+    assert state.isfinite().all()
+    assert 0.98 * min(cut, 3.5) < state.abs().max() <= cut
+
+
+def test_an_uncut_normal_is_finite_for_every_uniform_number():
+    """The smallest and the largest that either source draws."""
+    u = torch.tensor([2.0**-25, 2.0**-24, 1 - 2.0**-24])
+    assert truncated_normal(u, cut=math.inf).isfinite().all()
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_unit_normal_has_mean_0_and_deviation_1_in_every_token(training):
+    model = tiny_model(state_init={"type": "unit_normal", "seed": 4}).train(training)
+    state = first_state(model, random_tokens(2, 7))
+    torch.testing.assert_close(state.mean(-1), torch.zeros(2, 7), rtol=0, atol=1e-6)
+    torch.testing.assert_close(state.std(-1), torch.ones(2, 7), rtol=0, atol=1e-5)
+    assert torch.equal(first_state(model, random_tokens(2, 7, seed=5)), state) is not training
+    assert not torch.equal(state[:, 0], state[:, 1])
+    assert not torch.equal(first_state(tiny_model(state_init="unit_normal"), random_tokens(2, 7)), state)
+
+
 def test_training_draws_afresh_from_the_generator_with_the_same_distribution():
     config = tiny_config(state_init={"type": "normal", "std": 0.5}, max_position_embeddings=1024)
     model = LoopedForCausalLM(config).train()

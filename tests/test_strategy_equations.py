@@ -1,5 +1,6 @@
 """Each strategy by itself computes the equation in its docstring, on numbers small enough to check by hand."""
 
+import dataclasses
 import math
 
 import pytest
@@ -19,10 +20,11 @@ CONTEXT = BuildContext(hidden_size=WIDTH, num_core_layers=1, initializer_range=0
 STATE = torch.tensor([[[1.0, -2.0, 3.0, 0.5]]])
 PRELUDE = torch.tensor([[[0.5, 4.0, -1.0, 2.0]]])
 OUTPUT = torch.tensor([[[2.0, 2.0, -5.0, 0.0]]])
+POSITIONS = torch.tensor([[5]])
 
 
-def build(registry, spec: str | dict, *, num_loops: int = 3) -> Strategy:
-    module = registry.build(registry.normalise(spec, num_loops=num_loops), CONTEXT)
+def build(registry, spec: str | dict, *, num_loops: int = 3, context: BuildContext = CONTEXT) -> Strategy:
+    module = registry.build(registry.normalise(spec, num_loops=num_loops), context)
     with torch.no_grad():
         module.init_weights()
     return module
@@ -34,22 +36,51 @@ def fill(parameter: torch.Tensor, value: float | torch.Tensor) -> None:
 
 
 def test_none_injects_nothing():
-    assert torch.equal(build(INJECTIONS, "none")(PRELUDE)(STATE), STATE)
+    assert torch.equal(build(INJECTIONS, "none")(PRELUDE)(STATE, 0), STATE)
 
 
 def test_add_injects_the_sum():
-    assert torch.equal(build(INJECTIONS, "add")(PRELUDE)(STATE), STATE + PRELUDE)
+    assert torch.equal(build(INJECTIONS, "add")(PRELUDE)(STATE, 0), STATE + PRELUDE)
 
 
 @pytest.mark.parametrize(("start", "expected"), [("state", STATE), ("prelude", PRELUDE)])
 def test_concat_can_start_by_passing_one_side_on(start, expected):
-    assert torch.equal(build(INJECTIONS, {"type": "concat", "start": start})(PRELUDE)(STATE), expected)
+    assert torch.equal(build(INJECTIONS, {"type": "concat", "start": start})(PRELUDE)(STATE, 0), expected)
 
 
 def test_concat_multiplies_the_state_by_its_first_columns_and_the_prelude_by_its_last():
     injection = build(INJECTIONS, "linear")
     fill(injection.weight, torch.cat((2 * torch.eye(WIDTH), 10 * torch.eye(WIDTH)), dim=1))
-    torch.testing.assert_close(injection(PRELUDE)(STATE), 2 * STATE + 10 * PRELUDE)
+    torch.testing.assert_close(injection(PRELUDE)(STATE, 0), 2 * STATE + 10 * PRELUDE)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_concat_may_skip_its_matrix_in_the_first_loop(training):
+    injection = build(INJECTIONS, {"type": "concat", "start": "state", "first_loop": "skip"}).train(training)
+    inject = injection(PRELUDE)
+    assert torch.equal(inject(STATE, 0), PRELUDE)
+    for later in (1, 2, 7):
+        assert torch.equal(inject(STATE, later), STATE)
+
+
+#: A state of three channels behind a prelude of four.
+NARROW = dataclasses.replace(CONTEXT, hidden_size=3, outer_size=WIDTH)
+
+
+def test_injections_and_readout_map_between_two_widths():
+    """[D_state, D_prelude] in, [D_prelude, D_state] out; where they start as the identity, its upper left corner."""
+    state = torch.tensor([[[1.0, -2.0, 3.0]]])
+    specs = {
+        "concat": ({"type": "concat", "start": "state"}, state),
+        "prelude": ({"type": "concat", "start": "prelude"}, PRELUDE[..., :3]),
+        "diagonal": ({"type": "diagonal", "initial_decay": 0.25}, 0.25 * state + math.log(4) * PRELUDE[..., :3]),
+    }
+    for name, (spec, expected) in specs.items():
+        injection = build(INJECTIONS, spec, context=NARROW)
+        torch.testing.assert_close(injection(PRELUDE)(state, 0), expected, msg=lambda text, n=name: f"{n}: {text}")
+    readout = build(READOUTS, "linear", context=NARROW)
+    assert readout.weight.shape == (4, 3)
+    assert torch.equal(readout(state), torch.tensor([[[1.0, -2.0, 3.0, 0.0]]]))
 
 
 def test_concat_starts_with_the_spread_of_the_models_initialisation():
@@ -61,23 +92,23 @@ def test_concat_starts_with_the_spread_of_the_models_initialisation():
 def test_diagonal_euler_is_the_published_system_and_starts_with_the_identity_for_b():
     injection = build(INJECTIONS, {"type": "diagonal", "initial_decay": 0.25})
     step = math.log(4)  # exp(-step) = 0.25
-    torch.testing.assert_close(injection(PRELUDE)(STATE), 0.25 * STATE + step * PRELUDE)
+    torch.testing.assert_close(injection(PRELUDE)(STATE, 0), 0.25 * STATE + step * PRELUDE)
 
 
 def test_diagonal_zero_order_hold_keeps_a_constant_input_constant():
     """With A = -1 and B = I the exact hold is decay * s + (1 - decay) * e."""
     injection = build(INJECTIONS, {"type": "diagonal", "initial_decay": 0.25, "input_matrix": "zoh"})
-    torch.testing.assert_close(injection(PRELUDE)(STATE), 0.25 * STATE + 0.75 * PRELUDE)
-    torch.testing.assert_close(injection(PRELUDE)(PRELUDE), PRELUDE)
+    torch.testing.assert_close(injection(PRELUDE)(STATE, 0), 0.25 * STATE + 0.75 * PRELUDE)
+    torch.testing.assert_close(injection(PRELUDE)(PRELUDE, 0), PRELUDE)
 
 
 @pytest.mark.parametrize("input_matrix", ["euler", "zoh"])
 def test_diagonal_reads_the_prelude_through_b(input_matrix):
     injection = build(INJECTIONS, {"type": "diagonal", "input_matrix": input_matrix})
-    through_identity = injection(PRELUDE)(torch.zeros_like(STATE))
+    through_identity = injection(PRELUDE)(torch.zeros_like(STATE), 0)
     swap = torch.eye(WIDTH).flip(0)
     fill(injection.B, swap)
-    torch.testing.assert_close(injection(PRELUDE)(torch.zeros_like(STATE)), through_identity.flip(-1))
+    torch.testing.assert_close(injection(PRELUDE)(torch.zeros_like(STATE), 0), through_identity.flip(-1))
 
 
 def test_replace_takes_the_output():
@@ -146,11 +177,11 @@ def test_an_update_says_truly_whether_it_only_replaces(spec, num_loops, expected
 
 def test_the_loop_embedding_starts_at_zero_and_adds_its_row():
     conditioning = build(LOOP_CONDITIONINGS, {"type": "embedding", "table_loops": 2})
-    assert torch.equal(conditioning(STATE, 1), STATE)
+    assert torch.equal(conditioning(STATE, 1, POSITIONS), STATE)
     fill(conditioning.embedding, torch.tensor([[1.0] * WIDTH, [10.0] * WIDTH]))
-    assert torch.equal(conditioning(STATE, 0), STATE + 1)
-    assert torch.equal(conditioning(STATE, 1), STATE + 10)
-    assert torch.equal(conditioning(STATE, 7), STATE + 10)
+    assert torch.equal(conditioning(STATE, 0, POSITIONS), STATE + 1)
+    assert torch.equal(conditioning(STATE, 1, POSITIONS), STATE + 10)
+    assert torch.equal(conditioning(STATE, 7, POSITIONS), STATE + 10)
 
 
 def test_the_time_signal_is_the_universal_transformers():
@@ -158,7 +189,16 @@ def test_the_time_signal_is_the_universal_transformers():
     conditioning = build(LOOP_CONDITIONINGS, {"type": "sinusoidal", "scale": 2.0})
     for t in (0, 1, 6):
         signal = [math.sin(t), math.sin(t * 1e-4), math.cos(t), math.cos(t * 1e-4)]
-        torch.testing.assert_close(conditioning(STATE, t), STATE + 2.0 * torch.tensor(signal))
+        torch.testing.assert_close(conditioning(STATE, t, POSITIONS), STATE + 2.0 * torch.tensor(signal))
+
+
+def test_the_signal_of_the_position_is_added_in_every_loop():
+    conditioning = build(LOOP_CONDITIONINGS, {"type": "sinusoidal", "scale": 2.0, "positions": "every_loop"})
+    for t in (0, 3):
+        signal = [math.sin(t), math.sin(t * 1e-4), math.cos(t), math.cos(t * 1e-4)]
+        place = [math.sin(5), math.sin(5e-4), math.cos(5), math.cos(5e-4)]
+        expected = STATE + 2.0 * (torch.tensor(signal) + torch.tensor(place))
+        torch.testing.assert_close(conditioning(STATE, t, POSITIONS), expected)
 
 
 def test_only_per_loop_norms_ask_for_rows_of_norm_weights():

@@ -4,6 +4,8 @@ The programs in the repository's folder `conversion/` call these functions; noth
 """
 
 from .checkpoint import Retrofitted, retrofit_checkpoint
+from .exporting import export_checkpoint
+from .importing import import_checkpoint
 from .retrofit import check_split, retrofit, retrofit_config
 from .special_tokens import align_special_tokens
 from .teacher import TeacherFiles, find_teacher
@@ -17,7 +19,9 @@ __all__ = [
     "align_special_tokens",
     "check_split",
     "compare_at_one_loop",
+    "export_checkpoint",
     "find_teacher",
+    "import_checkpoint",
     "loss_by_loops",
     "retrofit",
     "retrofit_checkpoint",

@@ -16,7 +16,7 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,45 +87,50 @@ class TeacherFiles:
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
 
-def find_teacher(name: str, *, gguf_file: str | None = None, revision: str | None = None) -> TeacherFiles:
+def find_teacher(
+    name: str, *, gguf_file: str | None = None, revision: str | None = None, field: str = "teacher"
+) -> TeacherFiles:
     """The files of a teacher: a folder, or a repository on the Hub, which is downloaded if it is not in the cache.
 
     Args:
         name: path of a folder, or Hub id.
         gguf_file: name of a GGUF file inside it.
         revision: branch, tag or commit of a Hub repository.
+        field: what the user calls it, for messages.
 
     Raises:
         ValueError: if it is neither, or lacks the file; says what was looked for.
     """
     if Path(name).is_dir():
         if revision is not None:
-            raise ValueError(f"revision={revision!r} names a commit on the Hub, and teacher={name!r} is a folder.")
+            raise ValueError(f"revision={revision!r} names a commit on the Hub, and {field}={name!r} is a folder.")
         folder, commit = Path(name), None
     else:
-        folder = download(name, gguf_file, revision)
+        folder = download(name, gguf_file, revision, field)
         commit = folder.name  # a snapshot's folder is called like its commit
     if gguf_file is not None and not (folder / gguf_file).is_file():
         there = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "none"
-        raise ValueError(f"gguf_file={gguf_file!r} is not in teacher={name!r}; GGUF files there: {there}.")
+        raise ValueError(f"gguf_file={gguf_file!r} is not in {field}={name!r}; GGUF files there: {there}.")
     if gguf_file is None and not (folder / "config.json").is_file():
         there = ", ".join(sorted(path.name for path in folder.glob("*.gguf")))
         hint = f" Name one of its GGUF files with gguf_file: {there}." if there else ""
-        raise ValueError(f"teacher={name!r} has no config.json.{hint}")
+        raise ValueError(f"{field}={name!r} has no config.json.{hint}")
     return TeacherFiles(name, folder, commit, gguf_file)
 
 
-def download(name: str, gguf_file: str | None, revision: str | None) -> Path:
+def download(name: str, gguf_file: str | None, revision: str | None, field: str) -> Path:
     """The snapshot folder of a Hub repository, with the files that a teacher needs and no others."""
     try:
         if gguf_file is not None:
             return Path(snapshot_download(name, revision=revision, allow_patterns=[gguf_file]))
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*TEXT_FILES, "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*TEXT_FILES, "*.bin"]))
+            folder = Path(
+                snapshot_download(name, revision=revision, allow_patterns=[*TEXT_FILES, "*.bin", "model.pt"])
+            )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(
-            f"teacher={name!r} is neither a folder nor a checkpoint that the Hub gives: {error}"
+            f"{field}={name!r} is neither a folder nor a checkpoint that the Hub gives: {error}"
         ) from error
     return folder
 

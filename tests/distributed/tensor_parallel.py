@@ -17,7 +17,7 @@ import modeling_looped  # noqa: F401  (registers the Auto classes)
 MODELS = {
     **{
         name: VARIANTS[name]
-        for name in ("parcae", "norms", "post_branch", "post", "lora", "sandwich", "capped", "sliding")
+        for name in ("norms", "post_branch", "albert", "lora", "sandwich", "sliding", "parcae_code", "gated_attention")
     },
     "per_head_lora": {**VARIANTS["lora"], "qk_norm": "per_head"},
     "biases": {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},

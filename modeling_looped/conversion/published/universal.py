@@ -1,0 +1,116 @@
+"""The Universal Transformer (arXiv 1807.03819) as PyTorch ports of tensor2tensor have it.
+
+The port (andreamad8/Universal-Transformer-Pytorch) saves no config, so the source's `config.json` is to hold the
+arguments of its `Encoder` under their names: `num_vocab`, `embedding_size`, `hidden_size`, `num_layers`, `num_heads`,
+`total_key_depth`, `total_value_depth`, `filter_size`, `max_length`, `use_mask`, `act`, and
+`"model_type": "universal_transformer"`. The encoder ends without a head; of the model around it, `final_norm` says
+whether it applies the encoder's `layer_norm`, which the encoder itself does not, and `logit_scale` what it multiplies
+the products with the embeddings by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any, final
+
+from modeling_looped.configuration_looped import LoopedConfig
+from modeling_looped.conversion.tensor_map import Link, Repeat, TensorMap, Unread, rename
+
+from .family import IN_PLACE, PublishedFamily, Shapes
+from .source_config import SourceConfig
+
+#: Our part of a name -> theirs, in the one layer.
+LAYER_PARTS = {
+    "self_attn.q_proj": "multi_head_attention.query_linear",
+    "self_attn.k_proj": "multi_head_attention.key_linear",
+    "self_attn.v_proj": "multi_head_attention.value_linear",
+    "self_attn.o_proj": "multi_head_attention.output_linear",
+    "input_layernorm": "layer_norm_mha",
+    "pre_feedforward_layernorm": "layer_norm_ffn",
+    "mlp.up_proj": "positionwise_feed_forward.layers.0",
+    "mlp.down_proj": "positionwise_feed_forward.layers.1",
+}
+OTHER_PARTS = {
+    "model.embedding_projection": "enc.embedding_proj",
+    "model.halting": "enc.act_fn.p",
+    "model.norm": "enc.layer_norm",
+}
+#: What their layer norms call `weight` and `bias`.
+NORM_KINDS = {"weight": "gamma", "bias": "beta"}
+
+
+@final
+class UniversalTransformer(PublishedFamily):
+    """A causal encoder with linear feed-forward layers, with or without adaptive computation time."""
+
+    name = "universal_transformer"
+
+    def recognises(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
+        return config.get("model_type") == "universal_transformer"
+
+    def fields(self, config: SourceConfig, shapes: Shapes) -> dict[str, Any]:
+        config.ignore("input_dropout", "layer_dropout", "relu_dropout")
+        config.supported("use_mask", True, default=True)
+        width, embedding = config.take("hidden_size"), config.take("embedding_size")
+        for name in ("total_key_depth", "total_value_depth"):
+            if (config.take(name, 0) or width) != width:
+                config.refuse(name, f"supported: hidden_size={width}")
+        if embedding != width:
+            config.refuse("embedding_size", "their code has a projection only where it equals hidden_size")
+        if any(".positionwise_feed_forward.layers.0.conv." in name for name in shapes):
+            config.problem("convolutions in the feed-forward layers (supported: linear ones, layer_config='ll')")
+        halts = config.take("act", False)
+        return {
+            "vocab_size": config.take("num_vocab"),
+            "hidden_size": width,
+            "embedding_size": embedding,
+            "embedding_projection_bias": False,
+            "intermediate_size": config.take("filter_size"),
+            "num_attention_heads": config.take("num_heads"),
+            "num_prelude_layers": 0,
+            "num_core_layers": 1,
+            "num_coda_layers": 0,
+            "num_loops": config.take("num_layers"),
+            "hidden_act": "relu",
+            "mlp_type": "plain",
+            "mlp_output_act": "relu",
+            "mlp_bias": True,
+            "attention_dropout": config.take("attention_dropout", 0.0),
+            "norm_type": "layer_unbiased",
+            "final_norm": "end" if config.take("final_norm", False) else "none",
+            "logit_scale": config.take("logit_scale", 1.0),
+            "rms_norm_eps": 1e-6,
+            "position_embedding": "none",
+            "max_position_embeddings": config.take("max_length", 100),
+            "loop_conditioning": {"type": "sinusoidal", "scale": 1.0, "positions": "every_loop"},
+            "halting": {"type": "act", "threshold": 0.9, "form": "universal"} if halts else "none",
+            "tie_word_embeddings": False,
+            **IN_PLACE,
+            **config.special_tokens(),
+        }
+
+    def tensor_map(
+        self, config: Mapping[str, Any], looped: LoopedConfig, ours: Collection[str], published: Collection[str]
+    ) -> TensorMap:
+        links = []
+        for name in ours:
+            stem, _, kind = name.rpartition(".")
+            if name == "lm_head.weight":
+                continue
+            if stem == "model.embed_tokens":
+                # tied in their model; ours has a projection between embeddings and layers, and does not tie across it
+                links.append(
+                    Link((("embed.weight", "emb.weight", "W.weight"),), (name, "lm_head.weight"), (Repeat(2),))
+                )
+                continue
+            in_layer = stem.startswith("model.layers.0.")
+            part = LAYER_PARTS[stem.removeprefix("model.layers.0.")] if in_layer else OTHER_PARTS[stem]
+            kind = NORM_KINDS[kind] if "layer_norm" in part else kind
+            links.append(rename(f"enc.enc.{part}.{kind}" if in_layer else f"{part}.{kind}", name))
+        unread = [
+            Unread(f"enc.layer_norm.{kind}", "a norm that their code never applies") for kind in NORM_KINDS.values()
+        ]
+        return TensorMap(links, unread if looped.final_norm == "none" else ())
+
+
+__all__ = ["UniversalTransformer"]
