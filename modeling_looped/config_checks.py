@@ -202,12 +202,13 @@ def check_schedule(config: LoopedConfig) -> None:
 
 def check_embeddings(config: LoopedConfig) -> None:
     """Embedding tables, the heads tied to them, and value embeddings."""
-    if config.embedding_size is not None and config.tie_word_embeddings and config.is_causal:
+    narrow = config.embedding_size not in (None, config.hidden_size) and config.tie_word_embeddings
+    if narrow and config.is_causal:
         raise ValueError(
             f"embedding_size={config.embedding_size} with tie_word_embeddings=True: a causal head is as wide as "
-            "hidden_size; use tie_word_embeddings=False."
+            f"hidden_size={config.hidden_size}; use tie_word_embeddings=False."
         )
-    if config.mlm_head == "linear" and config.embedding_size is not None and config.tie_word_embeddings:
+    if narrow and config.mlm_head == "linear":
         raise ValueError(
             f"embedding_size={config.embedding_size} with tie_word_embeddings=True needs mlm_head='transform', which "
             "maps the hidden states to that width."

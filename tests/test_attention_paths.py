@@ -116,7 +116,7 @@ def packed() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.usefixtures("flex_uncompiled")
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("attention", ["eager", "sdpa", "flex_attention"])
-@pytest.mark.parametrize("variant", ["parcae", "concat", "in_place", "sliding"])
+@pytest.mark.parametrize("variant", ["parcae", "huginn", "sliding", "shared"])
 @torch.no_grad()
 def test_packed_texts_equal_separate_texts(variant, attention, use_cache):
     model = tiny_model(**VARIANTS[variant])

@@ -91,9 +91,8 @@ def test_where_loops_share_the_cache_holds_one_slot_per_stored_layer_and_as_many
         assert [int(layer.get_seq_length()) for layer in cache.layers] == [7] * 4
         held[num_loops] = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))
     length = cache.layers[0].keys.shape[-2]
-    assert set(held.values()) == {4 * 2 * 2 * 2 * length * 8 * 4}, (
-        "slots, k and v, rows, heads, tokens, channels, bytes"
-    )
+    slots, keys_and_values, rows, heads, channels, bytes_each = 4, 2, 2, 2, 8, 4
+    assert set(held.values()) == {slots * keys_and_values * rows * heads * length * channels * bytes_each}
 
 
 @torch.no_grad()

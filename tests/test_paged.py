@@ -45,9 +45,7 @@ def batched(model: LoopedForCausalLM, num_loops: int | None = None, in_config: i
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])  # eager becomes `paged|eager` while it runs
-@pytest.mark.parametrize(
-    "variant", ["parcae", "in_place", "sliding", "lora", "universal", "shared", "sequence", "huginn"]
-)
+@pytest.mark.parametrize("variant", ["in_place", "sliding", "lora", "universal", "shared", "sequence", "parcae_code"])
 def test_generate_batch_equals_generate_per_prompt(variant, attention):
     model = tiny_model(std=1.0, attn_implementation=attention, **VARIANTS[variant])
     assert batched(model) == alone(model)
@@ -61,6 +59,12 @@ def test_generate_batch_runs_the_loops_of_its_generation_config(variant, num_loo
     expected = alone(model, num_loops=num_loops)
     assert expected != alone(model)
     assert batched(model, in_config=num_loops) == expected
+
+
+def test_a_core_with_other_key_value_heads_is_refused_by_name():
+    """Transformers' paged cache has one number of heads for all slots."""
+    with pytest.raises(ValueError, match="core_num_key_value_heads=3"):
+        batched(tiny_model(**VARIANTS["wide"]))
 
 
 def test_paged_eager_asked_for_by_name_equals_eager():

@@ -59,6 +59,13 @@ def ouro(layers: int) -> int:
     return 2 * 49152 * width + layers * (4 * width * width + 3 * width * wide + 4 * width) + width + width + 1
 
 
+def nanbeige() -> int:
+    """Untied embeddings, blocks with 48 heads over 8 of 128 channels, one norm."""
+    width, wide, queries, key_values = 3072, 10752, 48 * 128, 8 * 128
+    block = 2 * width * queries + 2 * width * key_values + 3 * width * wide + 2 * width
+    return 2 * 166144 * width + 22 * block + width
+
+
 def recursive() -> int:
     """SmolLM-360M's blocks: the first, ten shared ones and the last; tied embeddings, one norm."""
     width, wide, key_values = 960, 2560, 320
@@ -96,6 +103,7 @@ PUBLISHED = {
     "retrofit-olmo-2-1b-4-6-4.json": lambda: retrofit(14, 100352, 8192, 2048, 4 * 2048),
     "ouro-1.4b.json": lambda: ouro(24),
     "ouro-2.6b.json": lambda: ouro(48),
+    "nanbeige4.2-3b.json": nanbeige,
     "mor-360m-recursive-3.json": recursive,
     "hrm-text-1b.json": hrm_text,
     "albert-base-v2.json": lambda: albert(hidden_size=768, intermediate_size=3072, num_attention_heads=12),

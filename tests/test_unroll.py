@@ -28,6 +28,9 @@ UNROLLABLE: dict[str, tuple[dict[str, Any], str]] = {
     "all biases": ({"attention_bias": True, "attention_output_bias": True, "mlp_bias": True}, "llama"),
     "output bias": ({"attention_output_bias": True}, "llama"),
     "query bias": ({"attention_bias": True}, "qwen2"),
+    "query and key bias": ({"attention_bias": True, "attention_value_bias": False}, "qwen2"),
+    "value bias": ({"attention_value_bias": True}, "qwen2"),
+    "layers that loop by themselves": ({"core_group_size": 1, **MIXED_WINDOWS}, "qwen2"),
     "wide heads": ({"head_dim": 12, "hidden_act": "gelu", "rms_norm_eps": 1e-3}, "llama"),
     "heads that do not divide the width": ({"hidden_size": 36, "num_attention_heads": 8, "head_dim": 6}, "mistral"),
     "windows": ({"sliding_window": 4}, "mistral"),
@@ -165,6 +168,33 @@ BLOCKING: dict[str, tuple[dict[str, Any], set[str]]] = {
     "partial rope": ({"rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}, {"rope_parameters"}),
     "MLP bias with windows": ({"mlp_bias": True, "sliding_window": 4}, {"sliding_window"}),
     "tied and scaled to nothing": ({"tie_word_embeddings": True, "embedding_scale": 0.0}, {"embedding_scale"}),
+    "final_norm none": ({"final_norm": "none"}, {"final_norm"}),
+    "final_norm none in a stack": ({"num_core_layers": 0, "final_norm": "none"}, {"final_norm"}),
+    "half_relu2": ({"hidden_act": "half_relu2"}, {"hidden_act"}),
+    "value_embedding": ({"value_embedding": {"type": "gated", "gate_channels": 8}}, {"value_embedding"}),
+    "core sizes": (
+        {"core_intermediate_size": 40, "core_num_attention_heads": 6},
+        {"core_intermediate_size", "core_num_attention_heads"},
+    ),
+    **{
+        f"{field} {value}": ({field: value}, {field})
+        for field, value in {
+            "kv_sharing": "first_loop",
+            "mlp_output_act": "relu",
+            "qkv_clip": 1.0,
+            "attention_gate": "per_channel",
+            "norm_type": "layer",
+            "position_embedding": "none",
+            "embedding_size": 16,
+            "embedding_norm": True,
+            "type_vocab_size": 2,
+            "schedule": "nested",
+        }.items()
+    },
+    "unweighted norms": (
+        {"norm_type": "rms_unweighted", "qk_norm": "per_head_unweighted"},
+        {"norm_type", "qk_norm"},
+    ),
     "everything": (
         {
             "injection": "diagonal",
@@ -203,6 +233,7 @@ def test_every_option_that_a_stack_cannot_do_is_named_with_its_value_and_no_othe
         {"loop_update": {"type": "gated", "free_loops": 1}},
         {"halting": "act"},
         {"final_norm": "every_loop", "num_coda_layers": 0},
+        {"kv_sharing": "first_loop"},
     ],
     ids=str,
 )

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, final
 
 from modeling_looped.configuration_looped import LoopedConfig
-from modeling_looped.conversion.tensor_map import Link, Repeat, TensorMap, Unread, rename
+from modeling_looped.conversion.tensor_map import TensorMap, Unread, rename
 
 from .family import IN_PLACE, PublishedFamily, Shapes
 from .source_config import SourceConfig
@@ -84,7 +84,7 @@ class UniversalTransformer(PublishedFamily):
             "max_position_embeddings": config.take("max_length", 100),
             "loop_conditioning": {"type": "sinusoidal", "scale": 1.0, "positions": "every_loop"},
             "halting": {"type": "act", "threshold": 0.9, "form": "universal"} if halts else "none",
-            "tie_word_embeddings": False,
+            "tie_word_embeddings": True,
             **IN_PLACE,
             **config.special_tokens(),
         }
@@ -98,10 +98,7 @@ class UniversalTransformer(PublishedFamily):
             if name == "lm_head.weight":
                 continue
             if stem == "model.embed_tokens":
-                # tied in their model; ours has a projection between embeddings and layers, and does not tie across it
-                links.append(
-                    Link((("embed.weight", "emb.weight", "W.weight"),), (name, "lm_head.weight"), (Repeat(2),))
-                )
+                links.append(rename(("embed.weight", "emb.weight", "W.weight"), name))
                 continue
             in_layer = stem.startswith("model.layers.0.")
             part = LAYER_PARTS[stem.removeprefix("model.layers.0.")] if in_layer else OTHER_PARTS[stem]
