@@ -71,9 +71,10 @@ def check_attention(config: LoopedConfig) -> None:
             f"num_attention_heads={config.num_attention_heads} must be a multiple of "
             f"num_key_value_heads={config.num_key_value_heads}."
         )
-    if config.qkv_clip is not None and config.attention_bias:
+    if config.qkv_clip is not None and (config.attention_bias or config.attention_value_bias):
         raise ValueError(
-            f"qkv_clip={config.qkv_clip} with attention_bias=True: published models clip before they add the bias, "
+            f"qkv_clip={config.qkv_clip} with attention_bias={config.attention_bias}, attention_value_bias="
+            f"{config.attention_value_bias}: published models clip before they add the bias, "
             "ours would after it; use one of the two."
         )
     if config.head_dim < 2 or config.head_dim % 2:
@@ -224,6 +225,12 @@ def check_embeddings(config: LoopedConfig) -> None:
             )
 
 
+def check_prefix(config: LoopedConfig) -> None:
+    """A prefix that sees itself needs a causal rest. (Transformers writes `is_causal` for a moment, unchecked.)"""
+    if config.prefix_lm and not config.is_causal:
+        raise ValueError("prefix_lm=True with is_causal=False: every token sees both sides already; use False.")
+
+
 def check_prelude_enters(config: LoopedConfig) -> None:
     """The tokens must reach the core."""
     if config.num_core_layers == 0:
@@ -239,13 +246,27 @@ def check_prelude_enters(config: LoopedConfig) -> None:
 def check_strategies(config: LoopedConfig) -> None:
     """Strategies of the core need a core, and adapters need their projections."""
     if config.num_core_layers == 0:
-        for field, harmless in (("loop_adapter", "none"), ("halting", "none"), ("readout", "none")):
+        if config.kv_sharing != "none" or config.core_group_size is not None:
+            raise ValueError(
+                f"kv_sharing={config.kv_sharing!r}, core_group_size={config.core_group_size} act on the core, and "
+                "num_core_layers=0: leave them out."
+            )
+        for field, harmless in (
+            ("loop_adapter", "none"),
+            ("halting", "none"),
+            ("readout", "none"),
+            ("schedule", "flat"),
+        ):
             if getattr(config, field)["type"] != harmless:
                 raise ValueError(
                     f"{field}={getattr(config, field)['type']!r} acts on the core, and num_core_layers=0: "
                     f"use {harmless!r}."
                 )
         return
+    if config.loop_conditioning["type"] == "norms" and config.norm_type == "rms_unweighted":
+        raise ValueError(
+            "loop_conditioning='norms' with norm_type='rms_unweighted': norms without a weight have none per loop."
+        )
     targets = set(config.loop_adapter.get("targets", ()))
     missing = targets - {"q_proj", "k_proj", "v_proj", "o_proj", *config.mlp_projections}
     if missing:
@@ -273,6 +294,11 @@ def check_backprop(config: LoopedConfig) -> None:
     # Whatever num_loops is here: a forward with more loops than backprop_loops would truncate.
     if config.backprop_loops is None or config.num_core_layers == 0:
         return
+    if config.kv_sharing != "none":
+        raise ValueError(
+            f"backprop_loops={config.backprop_loops} with kv_sharing={config.kv_sharing!r} would leave the key and "
+            "value projections without a gradient, since only the first loop uses them; use backprop_loops=None."
+        )
     if not INJECTIONS[config.injection["type"]].carries_prelude:
         raise ValueError(
             f"backprop_loops={config.backprop_loops} with injection={config.injection['type']!r} would leave the "
@@ -311,6 +337,7 @@ CHECKS = (
     check_groups,
     check_schedule,
     check_embeddings,
+    check_prefix,
     check_prelude_enters,
     check_strategies,
     check_routing,

@@ -72,6 +72,17 @@ DEPTH_FIELDS = frozenset(
     )
 )
 
+#: Fields that decide which modules a model has, or what a module does. `num_loops` is not among them.
+STRUCTURE_FIELDS = (
+    "num_prelude_layers",
+    "num_core_layers",
+    "num_coda_layers",
+    "core_group_size",
+    "kv_sharing",
+    "schedule",
+    "position_embedding",
+)
+
 #: What the published looped models call the loop count. Accepting one of these silently would run another function
 #: than the user asked for, so forward and config refuse them by name.
 FOREIGN_LOOP_NAMES = frozenset(
@@ -187,7 +198,7 @@ class LoopedConfig(PreTrainedConfig):
             the state after each loop, whose result starts the next one, and at the end where a coda follows (Ouro,
             Nanbeige); `after_loops`, on the last state and again at the end (Huginn); `none`, nowhere (ALBERT).
         prelude_norm (`bool`, defaults to `True`): normalise the prelude's output before it is injected.
-        rms_norm_eps (`float`, defaults to 1e-5): epsilon of all norms.
+        rms_norm_eps (`float`, defaults to 1e-5): epsilon of all norms but `per_head_unweighted` ones.
         stored_layer_types (`list[str]`, *optional*): `full_attention` or `sliding_attention` per stored layer
             (prelude, core, coda). `None`: all sliding if `sliding_window` is set, else all full.
         sliding_window (`int`, *optional*): window of the sliding layers in tokens, the token itself included, at least
@@ -209,7 +220,7 @@ class LoopedConfig(PreTrainedConfig):
         injection (`dict` or `str`, defaults to `"diagonal"`): how the prelude enters each loop: `none`, `add`,
             `concat` or `diagonal` [injection.py].
         state_init (`dict` or `str`, defaults to `"zeros"`): the state before the first loop: `input` (the prelude),
-            `zeros` or `normal` [state.py].
+            `zeros`, `normal` or `unit_normal` [state.py].
         loop_update (`dict` or `str`, defaults to `"replace"`): how a loop's result becomes the state: `replace`,
             `damped`, `learned_scale` or `gated` [loop_update.py].
         loop_conditioning (`dict` or `str`, defaults to `"none"`): how layers know the loop: `none`, `embedding`,
@@ -334,8 +345,10 @@ class LoopedConfig(PreTrainedConfig):
         given_depth, given_types = self.num_hidden_layers, self.layer_types
         # Lengths that make no sense must reach `validate_*` with their own message, not fail in the arithmetic here.
         if counts_are_valid(self):
+            # the schedule first: the others' tables have as many rows as it has loops
+            super().__setattr__("schedule", SCHEDULES.normalise(self.schedule))
             for field, registry in STRATEGY_FIELDS.items():
-                super().__setattr__(field, registry.normalise(getattr(self, field), num_loops=self.num_loops))
+                super().__setattr__(field, registry.normalise(getattr(self, field), num_loops=self.table_loops))
             self._derive()
             self._warn_if_contradicted(given_depth, given_types)
         super().__post_init__(**kwargs)
@@ -345,7 +358,7 @@ class LoopedConfig(PreTrainedConfig):
             raise AttributeError(f"{name}={value!r}: LoopedConfig calls the loop count num_loops.")
         complete = self.__dict__.get("_post_init_done", False)
         if name in STRATEGY_FIELDS:
-            value = STRATEGY_FIELDS[name].normalise(value, num_loops=self.num_loops if complete else None)
+            value = STRATEGY_FIELDS[name].normalise(value, num_loops=self.table_loops if complete else None)
         previous = self.__dict__.get(name)
         super().__setattr__(name, value)
         # Transformers writes `is_causal` around every forward, so a write that changes nothing must cost nothing.
@@ -417,6 +430,15 @@ class LoopedConfig(PreTrainedConfig):
     def state_size(self) -> int:
         """Width of the state: that of the core's residual stream."""
         return self.core_hidden_size or self.hidden_size
+
+    @property
+    def table_loops(self) -> int:
+        """Rows of a table that has one for every loop: as often as the layer runs that runs most."""
+        return self.num_loops * self.schedule.get("inner_loops", 1)
+
+    def structure(self) -> dict[str, Any]:
+        """The fields that a model is built by, and that it cannot follow afterwards."""
+        return {name: copy.deepcopy(getattr(self, name)) for name in STRUCTURE_FIELDS}
 
     def slot_of(self, loop: int, layer: int) -> int:
         """Cache slot of stored layer `layer` (numbered as in `model.layers`) in loop `loop`, both from 0."""

@@ -43,22 +43,23 @@ class LoopedEmbeddingMixin:
         """Token embeddings [B, S, E] at `position_ids` [B or 1, S] -> the prelude's input [B, S, D].
 
         Raises:
-            ValueError: for more tokens than there are learned positions.
+            ValueError: for a position beyond the learned ones.
         """
         if self.config.embedding_scale != 1.0:
             embeds = embeds * self.config.embedding_scale
         if self.token_type_embeddings is not None:
             types = torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids
-            embeds = embeds + self.token_type_embeddings(types)
+            embeds = embeds + self.token_type_embeddings(types).to(embeds.device)
         elif token_type_ids is not None and not self.config.prefix_lm and not torch.compiler.is_compiling():
             logger.warning_once("token_type_ids are ignored: the model has no such embeddings (type_vocab_size=0).")
         if self.position_embeddings is not None:
-            if embeds.shape[1] > self.config.max_position_embeddings:
+            rows = self.config.max_position_embeddings
+            if not torch.compiler.is_compiling() and not position_ids.is_meta and int(position_ids.max()) >= rows:
                 raise ValueError(
-                    f"{embeds.shape[1]} tokens are more than max_position_embeddings="
-                    f"{self.config.max_position_embeddings}, and position_embedding='learned' has no more rows."
+                    f"position {int(position_ids.max())} (counted from 0) lies beyond max_position_embeddings={rows}, "
+                    "and position_embedding='learned' has no more rows."
                 )
-            embeds = embeds + self.position_embeddings(position_ids)
+            embeds = embeds + self.position_embeddings(position_ids).to(embeds.device)
         if self.embedding_norm is not None:
             embeds = self.embedding_norm(embeds)
         return embeds if self.embedding_projection is None else self.embedding_projection(embeds)

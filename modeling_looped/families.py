@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from transformers.activations import ACT2FN
 from transformers.configuration_utils import PreTrainedConfig
 
 from .configuration_looped import LoopedConfig
@@ -107,6 +108,8 @@ class Family:
             if not getattr(config, ours)
             and (place.value if isinstance(place := self.fields[ours], BuiltIn) else fields[place])
         ]
+        if config.hidden_act not in ACT2FN:
+            blocking["hidden_act"] = f"Transformers, and so {self.model_type}, has no such activation"
         if turns_part_of_heads(config.rope_parameters):
             blocking["rope_parameters"] = f"{self.model_type} turns whole heads"
         if self.whole_heads and config.hidden_size % config.num_attention_heads:

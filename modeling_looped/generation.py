@@ -10,13 +10,14 @@ import copy
 import os
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_looped import LoopedConfig, refuse_foreign_loop_names
-from .inputs import prefix_blocks
+from .inputs import prefix_blocks, refuse_paged_cache
 from .slots import checked_num_loops
 
 
@@ -43,7 +44,28 @@ class LoopedGenerationMixin(GenerationMixin):
             num_loops = getattr(prepared, "num_loops", None)
         if num_loops is not None:
             model_kwargs["num_loops"] = checked_num_loops(num_loops)
+        types = model_kwargs.get("token_type_ids")
+        if self.config.prefix_lm and types is not None:
+            if prepared.prefill_chunk_size is not None:
+                raise ValueError(
+                    f"prefill_chunk_size={prepared.prefill_chunk_size} with token_type_ids and prefix_lm=True: a "
+                    "chunk cannot see the rest of its prefix; leave one of them out."
+                )
+            model_kwargs.setdefault("prompt_length", types.shape[1])
         return prepared, model_kwargs
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, prompt_length: int | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As in Transformers, which gives every new token the type of the last one before it: where types say what
+        belongs to a prefix (`config.prefix_lm`), nothing behind the prompt does.
+        """
+        types = kwargs.get("token_type_ids")
+        if prompt_length is not None and types is not None:
+            kwargs["token_type_ids"] = torch.cat(
+                (types[:, :prompt_length], torch.zeros_like(types[:, prompt_length:])), dim=1
+            )
+        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
@@ -84,6 +106,12 @@ class LoopedGenerationMixin(GenerationMixin):
         assistant_model: PreTrainedModel | None = None,
         **kwargs: Any,
     ) -> Any:
+        if self.config.kv_sharing != "none" and generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                f"assistant_early_exit={generation_config.assistant_early_exit} with kv_sharing="
+                f"{self.config.kv_sharing!r}: a forward cannot stop after some slots, since a slot serves all loops "
+                "of its layer. For a cheap drafter use assistant_model=model.with_num_loops(1)."
+            )
         if assistant_model is not None:
             # The loop count is this model's: an assistant has its own, or is not looped and would refuse the argument.
             generation_config = without_num_loops(generation_config)
@@ -116,7 +144,13 @@ class LoopedGenerationMixin(GenerationMixin):
         return super().generate_batch(inputs, generation_config, *args, **kwargs)
 
     def init_continuous_batching(self, generation_config: GenerationConfig | None = None, *args: Any, **kwargs: Any):
-        """As in Transformers; a `num_loops` in the generation config sizes the paged cache and goes to every step."""
+        """As in Transformers; a `num_loops` in the generation config sizes the paged cache and goes to each step.
+
+        Raises:
+            ValueError: for a model that a paged cache cannot hold. Transformers would only log what goes wrong in its
+                thread, and give empty answers.
+        """
+        refuse_paged_cache(self.config)
         num_loops = getattr(generation_config, "num_loops", None)
         if num_loops is None:
             num_loops = getattr(self.generation_config, "num_loops", None)

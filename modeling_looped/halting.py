@@ -137,6 +137,10 @@ class Halting(Strategy):
         """Whether a token's result depends on later tokens, so that no cache can be used."""
         return False
 
+    def reads_last_state(self, num_loops: int) -> bool:
+        """Whether with `num_loops` loops every token is read from the last state, so that the loops unroll."""
+        return num_loops == 1
+
     def route(self, readings: Readings, state: Tensor, loop_idx: int, valid: Tensor) -> Route | None:
         """Who takes part in loop `loop_idx`, which starts from `state`; `None`: every token."""
         return None
@@ -159,6 +163,9 @@ class Halting(Strategy):
 @final
 class NoHalting(Halting):
     """The state after the last loop."""
+
+    def reads_last_state(self, num_loops: int) -> bool:
+        return True
 
     def start(self, state: Tensor) -> Readings:
         return Readings(state)
@@ -300,6 +307,9 @@ class AdaptiveComputationTime(Halting):
     def init_weights(self) -> None:
         init.normal_(self.weight, mean=0.0, std=self.context.initializer_range)
         init.constant_(self.bias, self.params.initial_bias)
+
+    def reads_last_state(self, num_loops: int) -> bool:
+        return num_loops == 1 and self.params.form == "graves"
 
     def forward(self, readings: Readings, step: Step, loop_idx: int, is_last: bool) -> Readings:
         universal = self.params.form == "universal"

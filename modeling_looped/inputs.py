@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_looped import LoopedConfig
-from .halting import Halting
+from .halting import HALTINGS, Halting
 from .slots import SlotLayout
 
 MASK_FUNCTIONS = {
@@ -35,8 +36,10 @@ def attention_masks(
     """One mask per attention type in use; every slot of a type sees the same tokens, so all loops share it."""
     if isinstance(attention_mask, dict):  # generate has made them already, for a compiled forward
         return attention_mask
-    starts = past_key_values is None or past_key_values.get_seq_length() == 0
-    prefix: dict[str, Any] = prefix_blocks(config, token_type_ids) if starts else {}
+    prefix: dict[str, Any] = {}
+    # In this order: a static cache knows its length as a tensor, which a compiled forward must not branch on.
+    if config.prefix_lm and (past_key_values is None or past_key_values.get_seq_length() == 0):
+        prefix = prefix_blocks(config, token_type_ids)
     return {
         layer_type: MASK_FUNCTIONS[layer_type](
             config=config,
@@ -52,6 +55,15 @@ def attention_masks(
 
 def refuse_foreign_cache(cache: Cache, num_slots: int, layout: SlotLayout) -> None:
     """Raise ValueError for a cache that was made for another loop count."""
+    if layout.shares_key_values and not torch.compiler.is_compiling():
+        # its slots are as many at every loop count, so it has to remember
+        loops = getattr(cache, "looped_num_loops", layout.loops)
+        if loops != layout.loops and cache.get_seq_length() > 0:
+            raise ValueError(
+                f"num_loops={layout.loops} with a cache that num_loops={loops} filled: a cache belongs to one loop "
+                "count. Start a new cache, or pass the num_loops it was made with."
+            )
+        cache.looped_num_loops = layout.loops  # pyright: ignore[reportAttributeAccessIssue] (our note on it)
     held = len(cache.layers)
     grows = getattr(cache, "layer_class_to_replicate", None) is not None
     if held == num_slots or (grows and held == 0):
@@ -66,6 +78,11 @@ def prefix_blocks(config: LoopedConfig, token_type_ids: Tensor | None) -> dict[s
     """The argument of Transformers' mask functions that lets tokens of type 1 see each other (`config.prefix_lm`)."""
     if not config.prefix_lm or token_type_ids is None:
         return {}
+    if is_flash_attention_requested(config):
+        raise ValueError(
+            f"prefix_lm=True with attn_implementation={config._attn_implementation!r}: flash attention takes no mask "
+            "that shows a prefix to itself; use sdpa, eager or flex_attention."
+        )
     return {"block_sequence_ids": torch.where(token_type_ids == 1, 0, -1)}
 
 
@@ -78,7 +95,7 @@ def valid_tokens(inputs_embeds: Tensor, attention_mask: Any) -> Tensor:
 
 
 def refuse_what_cannot_route(
-    config: LoopedConfig, halting: Halting, cache: Cache | None, kwargs: Mapping[str, Any]
+    config: LoopedConfig, halting: Halting, cache: Cache | None, attention_mask: Any, kwargs: Mapping[str, Any]
 ) -> None:
     """Raise ValueError where a router's choices would be lost: in attention that takes no mask of ours, in caches that
     round keys or that only the attention function sees, and, where the choice looks ahead, in any cache.
@@ -95,10 +112,35 @@ def refuse_what_cannot_route(
             f"{rule} with selection='top_k' looks at the whole sequence: a step on a cache would choose otherwise. "
             "Pass use_cache=False, or set selection='threshold'."
         )
+    if halting.reads_whole_sequence and (kwargs.get("cu_seq_lens_q") is not None or is_prepared(attention_mask)):
+        raise ValueError(
+            f"{rule} with selection='top_k' shares its places among the tokens of a row: pass one sequence per row "
+            "and a 2-D attention_mask, or set selection='threshold'."
+        )
     if kwargs.get("cache") is not None or any(
         isinstance(layer, QuantizedLayer) for layer in getattr(cache, "layers", ())
     ):
         raise ValueError(f"{rule} works with dynamic, static and offloaded caches, not with paged or quantised ones.")
+
+
+def refuse_paged_cache(config: LoopedConfig) -> None:
+    """Raise ValueError for a model that continuous batching would answer wrongly, or not at all."""
+    if config.num_core_layers and HALTINGS[config.halting["type"]].routes:
+        raise ValueError(
+            f"halting={config.halting['type']!r}: a paged cache hides no token from the others, so it cannot route; "
+            "use generate."
+        )
+    heads = {config.layer_shape(layer).num_key_value_heads for layer in range(config.num_stored_layers)}
+    if len(heads) > 1:
+        raise ValueError(
+            f"core_num_key_value_heads={config.layer_shape(config.num_prelude_layers).num_key_value_heads} is not "
+            f"num_key_value_heads={config.num_key_value_heads}, and a paged cache has one size for all; use generate."
+        )
+
+
+def is_prepared(attention_mask: Any) -> bool:
+    """Whether a mask no longer says which tokens are padding."""
+    return isinstance(attention_mask, dict) or (isinstance(attention_mask, Tensor) and attention_mask.ndim > 2)
 
 
 def refuse_cache_in_recompute() -> None:

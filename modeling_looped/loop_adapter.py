@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .registry import Registry, Strategy, check_table_loops, table_row
+from .registry import Registry, SelfInitialised, Strategy, check_table_loops, table_row
 
 LOOP_ADAPTERS: Registry[LoopAdapter] = Registry("loop_adapter")
 
@@ -27,7 +27,7 @@ class LoopAdapter(Strategy):
     """Abstract loop adapter: a recipe for the modules that sit beside the projections of the core's layers."""
 
     @abstractmethod
-    def for_projection(self, name: str, in_features: int, out_features: int) -> LoopLoRA | None:
+    def for_projection(self, name: str, in_features: int, out_features: int, has_bias: bool) -> LoopLoRA | None:
         """The module beside projection `name` of one core layer, or `None` where the adapter does not act."""
 
 
@@ -36,7 +36,7 @@ class LoopAdapter(Strategy):
 class NoLoopAdapter(LoopAdapter):
     """Every loop uses the shared weights as they are."""
 
-    def for_projection(self, name: str, in_features: int, out_features: int) -> LoopLoRA | None:
+    def for_projection(self, name: str, in_features: int, out_features: int, has_bias: bool) -> LoopLoRA | None:
         return None
 
 
@@ -52,14 +52,18 @@ class LoraLoopAdapter(LoopAdapter):
         alpha: numerator of the scale alpha / r; `None`: r, a scale of 1.
         targets: projections that get an adapter.
         table_loops: loops with an adapter of their own (`None`: the config's `num_loops`).
+        biases: of projections that have a bias, `shared` by all loops, or `per_loop`, which costs next to nothing.
         """
 
         rank: int = 8
         alpha: float | None = None
         targets: tuple[str, ...] = TARGETS
         table_loops: int | None = None
+        biases: str = "shared"
 
         def __post_init__(self):
+            if self.biases not in ("shared", "per_loop"):
+                raise ValueError(f"biases={self.biases!r} must be one of: shared, per_loop.")
             if not isinstance(self.rank, int) or self.rank < 1:
                 raise ValueError(f"rank={self.rank!r} must be an integer of at least 1.")
             if self.alpha is not None and not math.isfinite(self.alpha):
@@ -69,7 +73,7 @@ class LoraLoopAdapter(LoopAdapter):
                 raise ValueError(f"targets={self.targets!r} must be a list of some of: {', '.join(TARGETS)}.")
             check_table_loops(self.table_loops)
 
-    def for_projection(self, name: str, in_features: int, out_features: int) -> LoopLoRA | None:
+    def for_projection(self, name: str, in_features: int, out_features: int, has_bias: bool) -> LoopLoRA | None:
         if name not in self.params.targets:
             return None
         return LoopLoRA(
@@ -78,11 +82,12 @@ class LoraLoopAdapter(LoopAdapter):
             rank=self.params.rank,
             scale=(self.params.rank if self.params.alpha is None else self.params.alpha) / self.params.rank,
             table_loops=self.params.table_loops,
+            bias=has_bias and self.params.biases == "per_loop",
         )
 
 
 @final
-class LoopLoRA(nn.Module):
+class LoopLoRA(SelfInitialised):
     """The low-rank difference of one projection, one pair of factors per loop.
 
     Args:
@@ -90,25 +95,36 @@ class LoopLoRA(nn.Module):
         rank: r.
         scale: factor of the difference.
         table_loops: T.
+        bias: whether each loop has a difference of the bias too.
     """
 
-    def __init__(self, in_features: int, out_features: int, *, rank: int, scale: float, table_loops: int):
+    def __init__(
+        self, in_features: int, out_features: int, *, rank: int, scale: float, table_loops: int, bias: bool = False
+    ):
         super().__init__()
         self.scale = scale
         # Parameters, not Linears: PEFT's "all-linear" must see each physical projection once and nothing else.
         self.A = nn.Parameter(torch.empty(table_loops, rank, in_features))
         self.B = nn.Parameter(torch.empty(table_loops, out_features, rank))
+        self.bias = nn.Parameter(torch.empty(table_loops, out_features)) if bias else None
 
     def init_weights(self) -> None:
         # LoRA's usual start (arXiv 2106.09685): the difference is zero and A is Kaiming-uniform with a = sqrt(5).
         bound = 1.0 / math.sqrt(self.A.shape[-1])
         init.uniform_(self.A, -bound, bound)
         init.zeros_(self.B)
+        if self.bias is not None:
+            init.zeros_(self.bias)
 
     def forward(self, hidden_states: Tensor, loop_idx: int) -> Tensor:
         """[..., in_features] -> [..., out_features], to be added to the shared projection's output."""
         row = table_row(loop_idx, self.A.shape[0])
-        return F.linear(F.linear(hidden_states, self.A[row]), self.B[row]) * self.scale
+        difference = F.linear(F.linear(hidden_states, self.A[row]), self.B[row]) * self.scale
+        return difference if self.bias is None else difference + self.bias[row]
+
+    def bias_difference(self, loop_idx: int) -> Tensor | None:
+        """What loop `loop_idx` adds to the bias [out_features], if it does."""
+        return None if self.bias is None else self.bias[table_row(loop_idx, self.A.shape[0])]
 
     def difference(self, loop_idx: int) -> Tensor:
         """The matrix [out_features, in_features] that loop `loop_idx` adds to the shared weight."""
@@ -126,7 +142,8 @@ def build_adapters(module: nn.Module, names: tuple[str, ...], adapter: LoopAdapt
     if adapter is not None:
         for name in names:
             out_features, in_features = module.get_parameter(f"{name}.weight").shape
-            built = adapter.for_projection(name, in_features, out_features)
+            has_bias = module.get_submodule(name).bias is not None
+            built = adapter.for_projection(name, in_features, out_features, has_bias)
             if built is not None:
                 adapters[name] = built
     return adapters

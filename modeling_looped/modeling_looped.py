@@ -16,7 +16,12 @@ from transformers.modeling_layers import (
     GenericForSequenceClassification,
     GenericForTokenClassification,
 )
-from transformers.modeling_outputs import MaskedLMOutput, SequenceClassifierOutputWithPast
+from transformers.modeling_outputs import (
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
@@ -40,13 +45,13 @@ from .inputs import (
     valid_tokens,
 )
 from .layers import KeyValue, LoopedDecoderLayer
-from .loop_adapter import LOOP_ADAPTERS, LoopLoRA
+from .loop_adapter import LOOP_ADAPTERS
 from .loop_update import LOOP_UPDATES
 from .norms import build_norm
 from .outputs import NO_FIELD, LoopedCausalLMOutput, LoopedModelOutput, hidden_states_of_the_call
 from .peft_defaults import offer_peft_defaults
 from .readout import READOUTS
-from .registry import BuildContext, Strategy
+from .registry import BuildContext, SelfInitialised
 from .rotary import LoopedRotaryEmbedding
 from .schedule import SCHEDULES
 from .slots import SlotLayout, Turn, checked_num_loops
@@ -90,7 +95,7 @@ class LoopedPreTrainedModel(PreTrainedModel):
         | rotary tables | recomputed | they are not in the checkpoint |
         """
         super()._init_weights(module)
-        if isinstance(module, Strategy | LoopLoRA):
+        if isinstance(module, SelfInitialised):
             module.init_weights()
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
@@ -117,6 +122,16 @@ class LoopedPreTrainedModel(PreTrainedModel):
         # torch reads a missing `use_reentrant` as True, so other options must not leave it out
         super().activation_checkpointing_enable({**given, "use_reentrant": False}, *args, **kwargs)
 
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As in Transformers, the tables of a value embedding included, which hold a row per token too."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+        tables = self.base_model.get_submodule("value_embeddings")
+        for name, table in tables.named_children():
+            if isinstance(table, nn.Embedding) and table.num_embeddings != embeddings.num_embeddings:
+                resized = self._get_resized_embeddings(table, embeddings.num_embeddings, mean_resizing=False)
+                setattr(tables, name, resized)
+        return embeddings
+
     def compile_blocks(self, **kwargs: Any) -> None:
         """Compile the two halves of every layer (up to attention, and after it), the documented way to use
         `torch.compile` with a loop count that varies: the graphs do not depend on it.
@@ -128,6 +143,8 @@ class LoopedPreTrainedModel(PreTrainedModel):
         """
         for module in self.modules():
             if isinstance(module, LoopedDecoderLayer):
+                if module.shares_key_values:  # later loops project queries alone
+                    module.self_attn.project_query = torch.compile(module.self_attn.project_query, **kwargs)
                 module.self_attn.project = torch.compile(module.self_attn.project, **kwargs)
                 module.feed_forward = torch.compile(module.feed_forward, **kwargs)
 
@@ -180,12 +197,13 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         self.norm = nn.Identity() if config.final_norm == "none" else norm()
         self.rotary_emb = LoopedRotaryEmbedding(config)
         self.stored_types = [config.stored_layer_type(layer) for layer in range(config.num_stored_layers)]
+        self.built_by = config.structure()
         self.gradient_checkpointing = False
         self.post_init()
         offer_peft_defaults(config.model_type)
 
-    @merge_with_config_defaults
     @hidden_states_of_the_call
+    @merge_with_config_defaults
     @capture_outputs
     @auto_docstring
     def forward(
@@ -223,7 +241,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         if layout.core and self.halting.routes:
             if self.halting.reads_whole_sequence and past_key_values is None:
                 use_cache = False
-            refuse_what_cannot_route(self.config, self.halting, past_key_values, kwargs)
+            refuse_what_cannot_route(self.config, self.halting, past_key_values, attention_mask, kwargs)
             valid = valid_tokens(embeds, attention_mask)
         given_cache = past_key_values
         if use_cache and past_key_values is None:
@@ -307,21 +325,32 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         if self.prelude_norm is not None:
             prelude = self.prelude_norm(prelude)
         inject = self.injection(prelude)
-        state = self.state_init(prelude, positions) if initial_state is None else initial_state.to(prelude)
+        state = self.state_init(prelude, positions)
+        if initial_state is not None:
+            if initial_state.shape != state.shape:
+                raise ValueError(
+                    f"initial_state has the shape {tuple(initial_state.shape)} and must have {tuple(state.shape)}: "
+                    "batch, tokens, width of the state."
+                )
+            state = initial_state.to(state)
         step = self._step
         if self.gradient_checkpointing and self.training and self.config.checkpoint_granularity == "loop":
             step = partial(self._gradient_checkpointing_func, step)
 
         turns = layout.turns(num_slots)
+        while turns and not turns[-1].ends_loop:  # early exit in the middle of nested loops
+            turns.pop()
         # Truncated backpropagation: the leading loops only find a state to start from.
         detached = layout.loops - (self.config.backprop_loops or layout.loops) if self.training else 0
-        kept, readings, streams = (state,), self.halting.start(state), self.schedule.start(state)
+        kept, readings, streams = (state,), self.halting.start(state), self.schedule(state)
         key_values: tuple[KeyValue, ...] = ()
         for turn in turns:
             if turn.loop == 0:
                 key_values = ()
             with torch.set_grad_enabled(torch.is_grad_enabled() and turn.outer_loop >= detached):
-                route = None if valid is None else self.halting.route(readings, streams[0], turn.loop, valid)
+                route = None
+                if valid is not None:
+                    route = self.halting.route(readings, streams[0], turn.loop, valid.to(streams[0].device))
                 entering = self.schedule.read(streams, turn.state)
                 taken, key_values = step(
                     entering, streams[turn.state], inject, turn, layout, run, positions, key_values, route
@@ -331,7 +360,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
                     is_last = turn is turns[-1]
                     readings = self.halting(readings.to(taken.state.device), taken, turn.outer_loop, is_last)
                     kept = (*kept, taken.state) if keep_states else kept
-        return readings, kept
+        return (readings if turns else Readings(state)), kept
 
     def _step(
         self,
@@ -405,7 +434,17 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         return hidden_states, key_values or tuple(attended)
 
     def _layout(self, num_loops: int | None) -> SlotLayout:
-        """Slots of a call with `num_loops` loops, after checking it."""
+        """Slots of a call with `num_loops` loops, after checking it.
+
+        Raises:
+            ValueError: if the config was changed in a way that a built model cannot follow.
+        """
+        for field, built in self.built_by.items():
+            if getattr(self.config, field) != built:
+                raise ValueError(
+                    f"config.{field}={getattr(self.config, field)!r} was written after the model was built with "
+                    f"{built!r}, which it cannot follow: load it anew, with from_pretrained(..., {field}=...)."
+                )
         num_loops = self.config.num_loops if num_loops is None else checked_num_loops(num_loops)
         trained = self.config.max_trained_loops
         if trained is not None and num_loops > trained and not torch.compiler.is_compiling():
@@ -545,6 +584,7 @@ class LoopedForMaskedLM(LoopedHeadMixin, LoopedPreTrainedModel):
         position_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         num_loops: int | None = None,
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
     ) -> MaskedLMOutput:
@@ -559,6 +599,7 @@ class LoopedForMaskedLM(LoopedHeadMixin, LoopedPreTrainedModel):
             attention_mask=attention_mask,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
             num_loops=num_loops,
             **kwargs,  # pyright: ignore[reportCallIssue] (the same list)
         )
@@ -604,16 +645,26 @@ class LoopedForSequenceClassification(GenericForSequenceClassification, LoopedPr
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
     ) -> SequenceClassifierOutputWithPast:
         r"""
         labels (`torch.LongTensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
             Classes or, for one label, numbers to regress to.
         """
-        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        inputs: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "past_key_values": past_key_values,
+            "inputs_embeds": inputs_embeds,
+            "use_cache": use_cache,
+            "token_type_ids": token_type_ids,
+            **kwargs,
+        }
         if self.pooler is None:  # the last token, as in every decoder
-            return super().forward(*inputs, labels, use_cache, **kwargs)  # pyright: ignore[reportCallIssue] (the list)
-        outputs: LoopedModelOutput = self.model(*inputs, use_cache, **kwargs)
+            return super().forward(labels=labels, **inputs)
+        outputs: LoopedModelOutput = self.model(**inputs)
         hidden_states: Any = outputs.last_hidden_state
         logits = self.score(self.pooler(hidden_states, valid_tokens(hidden_states, attention_mask)))
         loss = None
@@ -636,6 +687,24 @@ class LoopedForTokenClassification(GenericForTokenClassification, LoopedPreTrain
         self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
+    ) -> TokenClassifierOutput:
+        # named here, since the Trainer drops columns of a batch that no argument is called after
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        given: dict[str, Any] = {"token_type_ids": token_type_ids, **kwargs}
+        return super().forward(*inputs, labels, use_cache, **given)
+
 
 @auto_docstring
 class LoopedForQuestionAnswering(GenericForQuestionAnswering, LoopedPreTrainedModel):
@@ -644,6 +713,23 @@ class LoopedForQuestionAnswering(GenericForQuestionAnswering, LoopedPreTrainedMo
         self.model = LoopedModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
+
+    @auto_docstring
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
+    ) -> QuestionAnsweringModelOutput:
+        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
+        given: dict[str, Any] = {"token_type_ids": token_type_ids, **kwargs}
+        return super().forward(*inputs, start_positions, end_positions, **given)
 
 
 __all__ = [

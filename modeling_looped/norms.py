@@ -83,8 +83,9 @@ class LoopedLayerNorm(nn.Module):
             row = table_row(loop_idx, self.rows)
             weight, bias = weight[row], bias[row]
         if self.unbiased:
-            std, mean = torch.std_mean(hidden_states.float(), dim=-1, keepdim=True)
-            normed = ((hidden_states.float() - mean) / (std + self.variance_epsilon)).to(hidden_states.dtype)
+            exact = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+            std, mean = torch.std_mean(exact, dim=-1, keepdim=True)
+            normed = ((exact - mean) / (std + self.variance_epsilon)).to(hidden_states.dtype)
         elif hidden_states.dtype == weight.dtype:
             return F.layer_norm(hidden_states, weight.shape, weight, bias, self.variance_epsilon)
         else:

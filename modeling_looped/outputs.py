@@ -26,11 +26,13 @@ class LoopedModelOutput(BaseModelOutputWithPast):
 
     Args:
         loop_hidden_states (`tuple[torch.FloatTensor]`, *optional*, with `output_loop_hidden_states=True`):
-            the state before the first loop and after each one, T + 1 tensors of shape [B, S, D].
+            the state before the first loop and after each one, T + 1 tensors of shape [B, S, D]; with
+            `config.core_group_size`, after each loop of each group.
         exit_loops (`torch.LongTensor` of shape [B, S], *optional*, if `config.halting` chooses):
-            number of loops after which each token halted.
+            number of loops after which each token halted; with a router, that each token took.
         exit_probabilities (`torch.FloatTensor` of shape [B, S, T], *optional*, as above):
-            each token's distribution of exits over the loops, fp32.
+            each token's distribution of exits over the loops, fp32 (weights that need not sum to one in the
+            `universal` form of adaptive computation time).
     """
 
     loop_hidden_states: tuple[Tensor, ...] | None = None
@@ -62,7 +64,8 @@ def hidden_states_of_the_call(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def wrapper(self, *args: Any, **kwargs: Any) -> Any:
-        selected = selected_hidden_states(kwargs.get("output_hidden_states"))
+        asked = kwargs.get("output_hidden_states")
+        selected = selected_hidden_states(self.config.output_hidden_states if asked is None else asked)
         if selected is not None:
             num_loops = kwargs.get("num_loops")
             num_loops = self.config.num_loops if num_loops is None else checked_num_loops(num_loops)

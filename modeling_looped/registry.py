@@ -70,7 +70,16 @@ class NoParams:
     """The parameters of a strategy that has none."""
 
 
-class Strategy(nn.Module, ABC):
+class SelfInitialised(nn.Module):
+    """A module that knows how its own parameters and buffers start (not those of modules inside it: Transformers asks
+    each module that owns some, and no other).
+    """
+
+    def init_weights(self) -> None:
+        """Fill them, only through `transformers.initialization` (it keeps loaded ones)."""
+
+
+class Strategy(SelfInitialised, ABC):
     """Base of all strategies: abstract families derive from it, final types from those.
 
     A type names its parameters in `Params`, a frozen dataclass whose `__post_init__` raises `ValueError` for values
@@ -85,9 +94,6 @@ class Strategy(nn.Module, ABC):
         super().__init__()
         self.params = params
         self.context = context
-
-    def init_weights(self) -> None:
-        """Initialise this module's parameters, only through `transformers.initialization` (it keeps loaded ones)."""
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in dataclasses.asdict(self.params).items())
@@ -211,4 +217,13 @@ def check_table_loops(table_loops: int | None) -> None:
         raise ValueError(f"table_loops={table_loops!r} must be None (the loop count) or an integer of at least 1.")
 
 
-__all__ = ["BuildContext", "LayerShape", "NoParams", "Registry", "Strategy", "check_table_loops", "table_row"]
+__all__ = [
+    "BuildContext",
+    "LayerShape",
+    "NoParams",
+    "Registry",
+    "SelfInitialised",
+    "Strategy",
+    "check_table_loops",
+    "table_row",
+]

@@ -9,6 +9,7 @@ and never attend to.
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import abstractmethod
 from typing import final
 
@@ -18,13 +19,16 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .halting import HALTINGS, Halting, Readings, Route, Step, spread
-from .registry import check_table_loops, table_row
+from .registry import SelfInitialised, check_table_loops, table_row
 
 
 class Router(Halting):
     """Abstract rule that routes tokens."""
 
     routes = True
+
+    def reads_last_state(self, num_loops: int) -> bool:
+        return False
 
     @abstractmethod
     def route(self, readings: Readings, state: Tensor, loop_idx: int, valid: Tensor) -> Route:
@@ -33,6 +37,29 @@ class Router(Halting):
     @abstractmethod
     def merge(self, route: Route, previous: Tensor, output: Tensor) -> Tensor:
         """The state after a loop that took the state `previous` to `output`, both [B, S, D]."""
+
+
+class RouterScores(SelfInitialised):
+    """The scores of a router, W s: [B, S, D] -> [B, S, rows]. A module, since what moves weights hooks into calls.
+
+    Args:
+        rows: scores per token.
+        hidden_size: D.
+        std: standard deviation of the weights at initialisation.
+    """
+
+    def __init__(self, rows: int, hidden_size: int, std: float):
+        super().__init__()
+        self.std = std
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size))
+
+    def init_weights(self) -> None:
+        init.normal_(self.weight, mean=0.0, std=self.std)
+
+    def forward(self, state: Tensor, row: int | None = None) -> Tensor:
+        """All scores, or those of `row` alone."""
+        weight = self.weight if row is None else self.weight[row : row + 1]
+        return F.linear(state, weight.to(state.dtype))
 
 
 @HALTINGS.register("expert_choice")
@@ -64,18 +91,15 @@ class ExpertChoice(Router):
         def __post_init__(self):
             if not self.capacity or not all(0.0 < share <= 1.0 for share in self.capacity):
                 raise ValueError(f"capacity={list(self.capacity)} must be shares in (0, 1], at least one.")
-            if not self.alpha > 0.0:
-                raise ValueError(f"alpha={self.alpha!r} must be positive.")
+            if not 0.0 < self.alpha < math.inf:
+                raise ValueError(f"alpha={self.alpha!r} must be a positive number.")
             if self.selection not in ("top_k", "threshold"):
                 raise ValueError(f"selection={self.selection!r} must be one of: top_k, threshold.")
             check_table_loops(self.table_loops)
 
     def __init__(self, params, context):
         super().__init__(params, context)
-        self.weight = nn.Parameter(torch.empty(params.table_loops, context.hidden_size))
-
-    def init_weights(self) -> None:
-        init.normal_(self.weight, mean=0.0, std=self.context.initializer_range)
+        self.router = RouterScores(params.table_loops, context.hidden_size, context.initializer_range)
 
     @property
     def reads_whole_sequence(self) -> bool:
@@ -86,9 +110,9 @@ class ExpertChoice(Router):
 
     def route(self, readings: Readings, state: Tensor, loop_idx: int, valid: Tensor) -> Route:
         row = table_row(loop_idx, self.params.table_loops)
-        gate = torch.sigmoid(F.linear(state, self.weight[row : row + 1].to(state.dtype)).squeeze(-1))
+        gate = torch.sigmoid(self.router(state, row).squeeze(-1))
         # Who took part in every loop so far has a full count; the first loop draws from all.
-        survivors = valid & (readings.exit_loops == loop_idx)
+        survivors = valid & (readings.exit_loops == loop_idx).to(valid.device)
         if self.params.selection == "threshold":
             chosen = survivors & (gate >= 0.5)
         else:
@@ -131,8 +155,8 @@ class TokenChoice(Router):
         table_loops: int | None = None
 
         def __post_init__(self):
-            if not self.alpha > 0.0:
-                raise ValueError(f"alpha={self.alpha!r} must be positive.")
+            if not 0.0 < self.alpha < math.inf:
+                raise ValueError(f"alpha={self.alpha!r} must be a positive number.")
             if self.score not in ("softmax", "sigmoid"):
                 raise ValueError(f"score={self.score!r} must be one of: softmax, sigmoid.")
             if self.balancing_bias not in ("none", "loss_free"):
@@ -141,26 +165,26 @@ class TokenChoice(Router):
 
     def __init__(self, params, context):
         super().__init__(params, context)
-        self.weight = nn.Parameter(torch.empty(params.table_loops, context.hidden_size))
+        self.router = RouterScores(params.table_loops, context.hidden_size, context.initializer_range)
+        # a buffer: a parameter that is not trained would be after loading
         balances = params.balancing_bias == "loss_free"
-        self.balancing_bias = nn.Parameter(torch.empty(params.table_loops), requires_grad=False) if balances else None
+        self.balancing_bias = nn.Buffer(torch.empty(params.table_loops)) if balances else None
 
     def init_weights(self) -> None:
-        init.normal_(self.weight, mean=0.0, std=self.context.initializer_range)
         if self.balancing_bias is not None:
             init.zeros_(self.balancing_bias)
 
     def start(self, state: Tensor) -> Readings:
-        scores = F.linear(state, self.weight.to(state.dtype))
+        scores = self.router(state)
         scores = scores.softmax(dim=-1) if self.params.score == "softmax" else scores.sigmoid()
         scores = self.params.alpha * scores
-        ranked = scores if self.balancing_bias is None else scores + self.balancing_bias.to(scores.dtype)
+        ranked = scores if self.balancing_bias is None else scores + self.balancing_bias.to(scores)
         depth = ranked.argmax(dim=-1)
         weight = scores.gather(-1, depth.unsqueeze(-1)).squeeze(-1)
         return Readings(state, weight, depth + 1)
 
     def route(self, readings: Readings, state: Tensor, loop_idx: int, valid: Tensor) -> Route:
-        return Route(valid & (readings.exit_loops > loop_idx), readings.remaining)
+        return Route(valid & (readings.exit_loops > loop_idx).to(valid.device), readings.remaining)
 
     def merge(self, route: Route, previous: Tensor, output: Tensor) -> Tensor:
         return torch.where(route.active.unsqueeze(-1), output, previous)

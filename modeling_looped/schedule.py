@@ -23,7 +23,7 @@ class Schedule(Strategy):
     """Abstract schedule."""
 
     @abstractmethod
-    def start(self, state: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, state: Tensor) -> tuple[Tensor, ...]:
         """The states before the first loop, each [B, S, D]. The first is the one that halting and coda read."""
 
     @abstractmethod
@@ -36,7 +36,7 @@ class Schedule(Strategy):
 class FlatSchedule(Schedule):
     """One state; the core, or each group of it, runs T times."""
 
-    def start(self, state: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, state: Tensor) -> tuple[Tensor, ...]:
         return (state,)
 
     def read(self, states: tuple[Tensor, ...], own: int) -> Tensor:
@@ -67,12 +67,13 @@ class NestedSchedule(Schedule):
 
     def __init__(self, params, context):
         super().__init__(params, context)
-        self.low_state = nn.Parameter(torch.empty(context.hidden_size), requires_grad=False)
+        # a buffer: a parameter that is not trained would be after loading
+        self.low_state = nn.Buffer(torch.empty(context.hidden_size))
 
     def init_weights(self) -> None:
         init.zeros_(self.low_state)
 
-    def start(self, state: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, state: Tensor) -> tuple[Tensor, ...]:
         return (state, self.low_state.to(state).expand_as(state))
 
     def read(self, states: tuple[Tensor, ...], own: int) -> Tensor:

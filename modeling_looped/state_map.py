@@ -161,10 +161,15 @@ def convert(source: PreTrainedModel, state: Mapping[str, Tensor], state_map: Sta
         skeleton: the target on the meta device, without weights.
     """
     shapes = {key: tensor.shape for key, tensor in skeleton.state_dict().items()}
+    return filled(source, state_map.apply(state, shapes), skeleton)
+
+
+def filled(source: PreTrainedModel, state: Mapping[str, Tensor], skeleton: Model) -> Model:
+    """A model like `skeleton` (on the meta device) with the weights `state` and everything else as `source` has it."""
     target = type(skeleton).from_pretrained(
         None,
         config=skeleton.config,
-        state_dict=state_map.apply(state, shapes),
+        state_dict=dict(state),
         dtype=source.dtype,
         attn_implementation=source.config._attn_implementation,
     )
@@ -185,4 +190,4 @@ def listed(cases: list[str], *, limit: int = 20) -> str:
     return shown if len(cases) <= limit else f"{shown} and {len(cases) - limit} more"
 
 
-__all__ = ["Drop", "New", "Rename", "StateMap", "convert", "listed"]
+__all__ = ["Drop", "New", "Rename", "StateMap", "convert", "filled", "listed"]

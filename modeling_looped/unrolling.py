@@ -98,6 +98,10 @@ def blocking_loop_options(model: PreTrainedModel, config: LoopedConfig, layout: 
         blocking["value_embedding"] = "layers read the tokens again"
     if config.tie_word_embeddings and config.embedding_scale == 0.0:
         blocking["embedding_scale"] = "it would scale the tied head too"
+    if config.prefix_lm:
+        blocking["prefix_lm"] = "a prefix sees itself in both directions"
+    if config.final_norm == "none":
+        blocking["final_norm"] = "a stack ends with a norm"
     if not layout.core:
         return blocking
     base = model.get_submodule("model")
@@ -106,15 +110,11 @@ def blocking_loop_options(model: PreTrainedModel, config: LoopedConfig, layout: 
             continue  # every slot's own weights take the adapters in
         if not runs_layers_only(getattr(base, field, None), layout.loops):
             blocking[field] = WHAT_ELSE_A_LOOP_DOES.get(field, "a stack has no such thing")
-    if config.prefix_lm:
-        blocking["prefix_lm"] = "a prefix sees itself in both directions"
     if config.kv_sharing != "none" and layout.loops > 1:
         blocking["kv_sharing"] = "later loops read the keys and values of the first"
     for field in CORE_SIZES:
         if getattr(config, field) is not None:
             blocking[field] = "the core has sizes of its own"
-    if config.final_norm == "none":
-        blocking["final_norm"] = "a stack ends with a norm"
     if config.prelude_norm:
         blocking["prelude_norm"] = "a norm between prelude and core"
     norm_is_last = layout.loops == 1 and not layout.coda
@@ -133,7 +133,7 @@ def runs_layers_only(strategy: Strategy | None, loops: int) -> bool:
         case LoopConditioning():
             return not strategy.adds_signal
         case Halting():
-            return loops == 1
+            return strategy.reads_last_state(loops)
         case _:
             return False
 
@@ -165,7 +165,11 @@ def slot_state(layer: nn.Module, loop_idx: int) -> dict[str, Tensor]:
     differences = {}
     for name, module in layer.named_modules():
         if isinstance(module, LoopLoRA):
-            differences[name.replace("loop_adapters.", "") + ".weight"] = module.difference(loop_idx)
+            projection = name.replace("loop_adapters.", "")
+            differences[f"{projection}.weight"] = module.difference(loop_idx)
+            bias = module.bias_difference(loop_idx)
+            if bias is not None:
+                differences[f"{projection}.bias"] = bias
             continue
         for key, parameter in module.named_parameters(prefix=name, recurse=False):
             if isinstance(module, LoopedRMSNorm) and module.rows is not None:

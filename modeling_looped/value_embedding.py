@@ -21,9 +21,6 @@ VALUE_EMBEDDINGS: Registry[ValueEmbedding] = Registry("value_embedding")
 class ValueEmbedding(Strategy):
     """Abstract value embedding."""
 
-    #: Whether the model needs the token ids themselves, so that `inputs_embeds` alone cannot run it.
-    reads_tokens = True
-
     @abstractmethod
     def gate(self, layer: int) -> nn.Linear | None:
         """The gate that the attention of stored layer `layer` owns, if the layer has a table."""
@@ -37,8 +34,6 @@ class ValueEmbedding(Strategy):
 @final
 class NoValueEmbedding(ValueEmbedding):
     """No layer has a table."""
-
-    reads_tokens = False
 
     def gate(self, layer: int) -> nn.Linear | None:
         return None

@@ -203,6 +203,24 @@ def test_a_cache_of_another_loop_count_is_refused(make_cache):
     assert int(cache.get_seq_length()) == 8, "a refused call must not have written to the cache"
 
 
+@pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
+@torch.no_grad()
+def test_where_loops_share_a_cache_of_another_loop_count_is_refused_too(make_cache):
+    """Its slots are as many at every loop count, but the coda's keys are not the same."""
+    model = tiny_model(**VARIANTS["shared"])
+    cache = make_cache(model.config)
+    model(random_tokens(), past_key_values=cache)
+    for num_loops in (1, 4):
+        with pytest.raises(ValueError, match=f"num_loops={num_loops} with a cache that num_loops=3 filled"):
+            model(random_tokens(2, 1), past_key_values=cache, num_loops=num_loops)
+    model(random_tokens(2, 1), past_key_values=cache, num_loops=3)
+    assert int(cache.get_seq_length()) == 8, "a refused call must not have written to the cache"
+    cache.reset()
+    tokens = random_tokens(2, 7, seed=1)
+    expected = model(tokens, use_cache=False, num_loops=4).logits
+    assert_close(stepwise_logits(model, tokens, cache, [4], num_loops=4), expected)
+
+
 def test_the_package_defines_no_cache_class():
     for file in Path(modeling_looped.__file__).parent.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

@@ -1,13 +1,14 @@
 """The README's compatibility table: what every published family can do here, on checkpoints that its own code made.
 
-One test per column. The rows are imported once per run; each claim compares the imported model with itself used plainly.
+One test per column. The rows are imported once per run; each claim compares the imported model with itself used
+plainly.
 """
 
 from __future__ import annotations
 
 import pytest
 import torch
-from fixtures.published import FIXTURES, described, imported_folder, load, recording, tolerance
+from fixtures.published import FIXTURES, imported_folder, load
 from once import once_per_run
 from peft import LoraConfig, get_peft_model
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
@@ -105,9 +106,7 @@ def test_continuous_batching_gives_the_same_tokens(model):
 @torch.no_grad()
 def test_beams_with_a_cache_are_those_without(model):
     tokens = prompts()
-    assert torch.equal(
-        generated(model, tokens, num_beams=3), generated(model, tokens, num_beams=3, use_cache=False)
-    )
+    assert torch.equal(generated(model, tokens, num_beams=3), generated(model, tokens, num_beams=3, use_cache=False))
 
 
 @pytest.mark.parametrize("model", CACHES, indirect=True)

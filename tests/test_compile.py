@@ -63,8 +63,8 @@ def test_compiled_blocks_have_as_many_graphs_for_sixteen_loops_as_for_two(varian
         assert_close(model(tokens, num_loops=num_loops).logits, expected)
         counts.append(backend.graphs)
     assert counts[1:] == [counts[1]] * 15
-    # Two halves of a block. The core's are graphs of their own only where it has other sizes, or where a table with one
-    # row per loop is read: one for the first loop and one for all others.
+    # Two halves of a block. The core's are graphs of their own only where it has other sizes, or where a table with
+    # one row per loop is read: one for the first loop and one for all others.
     config = model.config
     per_loop_tables = config.loop_conditioning["type"] == "norms" or config.loop_adapter["type"] == "lora"
     assert counts[-1] == 2 * (1 + 2 if per_loop_tables else 2 if config.core_hidden_size else 1)

@@ -269,7 +269,6 @@ def test_every_field_round_trips_at_a_value_that_is_not_its_default(tmp_path):
         "num_prelude_layers": 3,
         "num_core_layers": 1,
         "core_group_size": 1,
-        "kv_sharing": "first_loop",
         "core_hidden_size": 40,
         "core_intermediate_size": 56,
         "core_num_attention_heads": 6,
@@ -281,7 +280,6 @@ def test_every_field_round_trips_at_a_value_that_is_not_its_default(tmp_path):
         "mlp_type": "plain",
         "mlp_output_act": "relu",
         "attention_gate": "per_channel",
-        "attention_value_bias": True,
         "attention_output_bias": True,
         "qkv_clip": 8.0,
         "mlp_bias": True,
@@ -323,7 +321,7 @@ def test_every_field_round_trips_at_a_value_that_is_not_its_default(tmp_path):
     }
     # what does not go with some of these
     apart = [
-        {"attention_bias": True, "attention_value_bias": False},
+        {"attention_bias": True, "attention_value_bias": False, "kv_sharing": "first_loop"},
         {
             "schedule": {"type": "nested", "inner_loops": 3},
             "injection": "none",

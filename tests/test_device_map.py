@@ -146,7 +146,8 @@ def test_cpu_offload_computes_the_same(name):
     assert all(parameter.is_meta for parameter in model.parameters())
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+# the same hooks as for the CPU; what is on disk and what is not, the next test mixes for every variant
+@pytest.mark.parametrize("name", ["parcae", "capped", "shared"])
 def test_disk_offload_computes_the_same(tmp_path, name):
     model = tiny_model(**VARIANTS[name])
     expected = run(model)
@@ -167,7 +168,7 @@ def test_loading_with_half_of_the_model_on_disk_computes_the_same(tmp_path, name
     )
     on_disk = {key.rsplit(".", 1)[0] for key, parameter in loaded.named_parameters() if parameter.is_meta}
     assert on_disk
-    # a loaded tensor may lie unaligned in the file's memory, where kernels sum in another order than on the model's own
+    # a loaded tensor may lie unaligned in memory, where kernels sum in another order than on the model that was saved
     assert_same(run(loaded), run(LoopedForCausalLM.from_pretrained(tmp_path / "model")))
 
 

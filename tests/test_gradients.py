@@ -35,7 +35,9 @@ PLAIN_LOOPS = {
 TRUNCATABLE = [
     name
     for name, settings in VARIANTS.items()
-    if settings.get("num_core_layers", 2) and INJECTIONS[tiny_config(**settings).injection["type"]].carries_prelude
+    if settings.get("num_core_layers", 2)
+    and INJECTIONS[tiny_config(**settings).injection["type"]].carries_prelude
+    and settings.get("kv_sharing", "none") == "none"  # refused: later loops use no key or value projection
 ]
 
 
@@ -62,10 +64,10 @@ def assert_all_gradients_at_every_loop_count(model: torch.nn.Module) -> None:
         assert all(gradient.isfinite().all() for gradient in gradients(model).values()), num_loops
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_parameter_gets_a_gradient(variant, mode):
-    assert_all_gradients_at_every_loop_count(trainable(mode, **VARIANTS[variant]))
+def test_every_parameter_gets_a_gradient(variant):
+    """With checkpointing they are the same to the last bit: `test_checkpointing.py`."""
+    assert_all_gradients_at_every_loop_count(trainable(None, **VARIANTS[variant]))
 
 
 @pytest.mark.parametrize("variant", TRUNCATABLE)
@@ -140,7 +142,9 @@ def test_shared_gradient_is_the_sum_over_an_untied_copy(placement, mode):
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "stacked"])
 def test_gradient_of_the_core_predicts_finite_differences(variant):
     """The derivative of the loss along one random direction of all core weights, in fp64: every loop counts in it."""
-    model = trainable(None, **VARIANTS[variant]).eval().double()
+    # halting computes in fp32, which shows where its gates read what the core made
+    settings = VARIANTS[variant] | ({"halting": "none"} if variant == "universal" else {})
+    model = trainable(None, **settings).eval().double()
     tokens = random_tokens()
     core = [
         parameter
@@ -171,7 +175,7 @@ def test_gradient_of_the_core_predicts_finite_differences(variant):
     torch.testing.assert_close(slope, (loss_at(step) - loss_at(-step)) / (2 * step), rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize(("mode", "backprop_loops"), [(None, 1), (None, 2), ("layer", 2), ("loop", 1)])
+@pytest.mark.parametrize(("mode", "backprop_loops"), [(None, 1), ("loop", 2)])
 # A halting gate reads the states before the cut too, so its own gradient cannot be cut by hooks on them.
 @pytest.mark.parametrize("variant", [name for name in TRUNCATABLE if name not in ("halting_gate", "halting_act")])
 def test_truncated_gradients_equal_those_of_a_cut_full_graph(variant, mode, backprop_loops):

@@ -1,9 +1,11 @@
 """The heads: sequence and token classification, question answering, masked language modelling, over one base model."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import random_tokens, randomise, tiny_config
+from helpers import VARIANTS, random_tokens, randomise, tiny_config, tiny_model
 from reference import reference_trace
 from transformers import (
     AutoModel,
@@ -43,6 +45,9 @@ HEADS = {
 }
 #: Heads of either direction.
 CLASSIFIERS = (LoopedForSequenceClassification, LoopedForTokenClassification, LoopedForQuestionAnswering)
+#: What the heads run over: the default, and an encoder's embeddings, norms and masked-language head.
+SETTINGS = {"default": {}, "albert": VARIANTS["albert"] | {"mlm_head": "transform"}}
+every_setting = pytest.mark.parametrize("settings", SETTINGS)
 every_head = pytest.mark.parametrize("head", HEADS, ids=lambda head: head.__name__)
 every_classifier = pytest.mark.parametrize("head", CLASSIFIERS, ids=lambda head: head.__name__)
 
@@ -95,9 +100,10 @@ def test_the_loss_is_the_heads_definition_on_the_reference(head, num_loops):
 
 
 @every_head
+@every_setting
 @pytest.mark.parametrize("num_loops", [1, 4])
-def test_every_parameter_gets_a_gradient(head, num_loops):
-    model = head_model(head).train()
+def test_every_parameter_gets_a_gradient(head, settings, num_loops):
+    model = head_model(head, **SETTINGS[settings]).train()
     model(random_tokens(3, 7), num_loops=num_loops, **HEADS[head][1]).loss.backward()
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     assert model.model.layers[1].self_attn.q_proj.weight.grad.any()
@@ -123,8 +129,9 @@ def test_another_models_word_for_the_loop_count_is_refused(head):
 
 
 @every_head
-def test_saved_and_loaded_through_its_auto_class_it_is_bit_equal(head, tmp_path):
-    model = head_model(head)
+@every_setting
+def test_saved_and_loaded_through_its_auto_class_it_is_bit_equal(head, settings, tmp_path):
+    model = head_model(head, **SETTINGS[settings])
     model.save_pretrained(tmp_path)
     loaded = HEADS[head][0].from_pretrained(tmp_path).eval()
     assert type(loaded) is head
@@ -155,7 +162,8 @@ def test_every_head_reads_the_base_model_of_every_other(head, tmp_path):
 @every_head
 @pytest.mark.parametrize("tied", [False, True])
 def test_embeddings_are_found_and_replaced(head, tied):
-    model = head_model(head, tie_word_embeddings=tied)
+    # the masked-language head's own layer, and its bias for every token, come along
+    model = head_model(head, tie_word_embeddings=tied, mlm_head="transform" if tied else "linear")
     assert model.get_input_embeddings() is model.model.embed_tokens
     model.resize_token_embeddings(101)
     assert model.model.embed_tokens.weight.shape[0] == model.config.vocab_size == 101
@@ -163,6 +171,27 @@ def test_embeddings_are_found_and_replaced(head, tied):
         assert model.lm_head.weight.shape[0] == 101
         assert (model.lm_head.weight is model.model.embed_tokens.weight) is tied
     assert results(model(torch.full((1, 3), 100))).isfinite().all()
+
+
+def test_the_tables_of_value_embeddings_grow_with_the_vocabulary(tmp_path):
+    model = tiny_model(**VARIANTS["parcae_code"])
+    before = model(random_tokens()).logits
+    model.resize_token_embeddings(101)
+    torch.testing.assert_close(model(random_tokens()).logits[..., :97], before)
+    assert model(torch.full((1, 3), 100)).logits.isfinite().all()
+    model.save_pretrained(tmp_path)
+    loaded = LoopedForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(random_tokens()).logits, model(random_tokens()).logits)
+
+
+@every_head
+def test_token_types_reach_the_base_model_and_its_tables(head):
+    """By name in the signature: the Trainer takes a column that no argument is called after out of the batch."""
+    assert "token_type_ids" in inspect.signature(head.forward).parameters
+    model, tokens = head_model(head, **SETTINGS["albert"]), random_tokens(3, 7)
+    types = torch.ones_like(tokens)
+    assert torch.equal(results(model(tokens, token_type_ids=0 * types)), results(model(tokens)))
+    assert not torch.allclose(results(model(tokens, token_type_ids=types)), results(model(tokens)), atol=1e-2)
 
 
 @every_head
@@ -212,10 +241,10 @@ def test_the_masked_head_refuses_a_causal_config():
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize(("is_causal", "settings"), [(True, "default"), (False, "albert")])
 @every_classifier
-def test_padded_rows_are_classified_as_if_alone(head, is_causal, side):
-    model, tokens = head_model(head, is_causal=is_causal), random_tokens(1, 5)
+def test_padded_rows_are_classified_as_if_alone(head, is_causal, settings, side):
+    model, tokens = head_model(head, is_causal=is_causal, **SETTINGS[settings]), random_tokens(1, 5)
     pads = torch.zeros(1, 3, dtype=torch.long)
     row = torch.cat((pads, tokens) if side == "left" else (tokens, pads), dim=1)
     batch = torch.cat((row, random_tokens(1, 8, seed=2)))

@@ -163,6 +163,9 @@ def save_config(folder):
     return LoopedModel(config).eval()
 
 
+#: Every variant carries all of the code; these run most of it.
+OF_MANY_PARTS = ("norms", "lora", "halting_act", "huginn", "parcae_code", "shared", "sequence", "wide", "albert")
+
 #: name -> (save, Auto classes that read the folder, its own head's last).
 WAYS = {
     **{
@@ -184,6 +187,7 @@ WAYS = {
     **{
         f"variant_{name}": (save_plainly(partial(tiny_model, **overrides)), ["AutoModelForCausalLM"])
         for name, overrides in VARIANTS.items()
+        if name in OF_MANY_PARTS
     },
 }
 

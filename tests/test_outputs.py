@@ -35,7 +35,7 @@ def test_hooks_see_which_slot_and_loop_they_are_in(num_loops, variant):
 
 
 @pytest.mark.parametrize("of", ["base", "causal"])
-@pytest.mark.parametrize("num_loops", [1, 3, 5])
+@pytest.mark.parametrize("num_loops", [1, 5])
 @pytest.mark.parametrize("variant", ["in_place", "sandwich", "huginn", "halting_act", "stacked", "sequence", "shared"])
 @torch.no_grad()
 def test_hidden_states_are_the_outputs_of_the_invocations(variant, num_loops, of):
@@ -91,7 +91,7 @@ def test_eager_attention_returns_the_weights_of_every_invocation(variant, num_lo
         assert (of_slot[..., beyond].abs().max() == 0) == (kind == "sliding_attention")
 
 
-@pytest.mark.parametrize("num_loops", [1, 3, 5])
+@pytest.mark.parametrize("num_loops", [1, 4])
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_loop_hidden_states_are_the_state_before_and_after_each_loop(variant, num_loops):

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import random_tokens
-
 from transformers import AlbertConfig, AlbertForMaskedLM, HrmTextConfig, HrmTextForCausalLM
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM, LoopedForMaskedLM
@@ -31,7 +30,7 @@ def build(config: LoopedConfig) -> torch.nn.Module:
 
 
 def parcae(layers: int, width: int) -> int:
-    """Tensors of Parcae with `layers` layers in each part: tied embeddings, 3 n blocks, value tables in every other."""
+    """Parcae with `layers` layers in each part: tied embeddings, 3 n blocks, value tables in every other."""
     block = 4 * width * width + 2 * width * 4 * width + 2 * width
     tables = 3 * layers // 2
     injection, readout, norms = 2 * width + width * width, width * width, 2 * width
@@ -87,9 +86,9 @@ def albert(**sizes: int) -> int:
 
 
 def hrm_text() -> int:
-    """Transformers' own HRM-Text: its config's defaults are the 1B model."""
+    """Transformers' own HRM-Text, whose defaults are the 1B model; its frozen vector is a buffer of ours."""
     with torch.device("meta"):
-        return HrmTextForCausalLM(HrmTextConfig()).num_parameters()
+        return HrmTextForCausalLM(HrmTextConfig()).num_parameters(only_trainable=True)
 
 
 PUBLISHED = {

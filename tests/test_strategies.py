@@ -22,8 +22,8 @@ every_type = pytest.mark.parametrize(("field", "name"), EVERY_TYPE, ids=[f"{f}-{
 
 #: Tables of two rows, so that the third loop is the first one beyond them.
 TABLE_LOOPS = 2
-#: Fewer loops than rows, all rows, and beyond them.
-LOOP_COUNTS = (1, 2, 5)
+#: Fewer loops than rows, and more.
+LOOP_COUNTS = (1, 5)
 
 #: What the other fields must be beside a type.
 BESIDE: dict[str, dict] = {"nested": {"injection": "none", "state_init": "input"}}

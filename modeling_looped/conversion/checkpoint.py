@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from modeling_looped.configuration_looped import LoopedConfig
@@ -138,13 +139,20 @@ def retrofit_checkpoint(
             "text": {"file": text.name, "sha256": sha256(text)},
         },
     }
+    write_result(output, looped, tokenizer, manifest)
+    step("done")
+    return Retrofitted(looped, tokenizer, manifest)
+
+
+def write_result(
+    output: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, manifest: dict[str, Any]
+) -> None:
+    """Write model, tokenizer and manifest to `output`, whole or not at all; adds the weights' hashes to `manifest`."""
     with staged(output) as folder:
-        looped.save_pretrained(folder)
+        model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         manifest["sha256"] = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
         (folder / MANIFEST).write_text(manifest_json(manifest), encoding="utf-8")
-    step("done")
-    return Retrofitted(looped, tokenizer, manifest)
 
 
 class Steps:

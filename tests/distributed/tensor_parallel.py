@@ -17,8 +17,10 @@ import modeling_looped  # noqa: F401  (registers the Auto classes)
 MODELS = {
     **{
         name: VARIANTS[name]
-        for name in ("norms", "post_branch", "albert", "lora", "sandwich", "sliding", "parcae_code", "gated_attention")
+        for name in ("norms", "post_branch", "albert", "lora", "sandwich", "sliding", "gated_attention", "nanbeige")
     },
+    # in training its own start is drawn, by every process for itself
+    "parcae_code": {**VARIANTS["parcae_code"], "state_init": "zeros"},
     "per_head_lora": {**VARIANTS["lora"], "qk_norm": "per_head"},
     "biases": {"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
     "halting": VARIANTS["halting_gate"],

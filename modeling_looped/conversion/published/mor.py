@@ -69,7 +69,7 @@ class MixtureOfRecursions(PublishedFamily):
         links = []
         for name in ours:
             parts = [LLAMA_NORMS.get(part, part) for part in name.split(".")]
-            if name == "model.halting.weight":
+            if name == "model.halting.router.weight":
                 if by_token:
                     links.append(rename(f"{token_wrapper(looped)}{ROUTER}", name))
                 else:

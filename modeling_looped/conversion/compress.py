@@ -1,0 +1,248 @@
+"""Compression: several layers of a stacked checkpoint become one shared layer that loops.
+
+Each loop keeps norms of its own, and what the sharing of a projection loses comes back, as far as the rank goes, as
+a low-rank difference per loop (Relaxed Recursive Transformers, arXiv 2410.20672). At full rank the result is the
+teacher.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+
+from modeling_looped.configuration_looped import LoopedConfig
+from modeling_looped.families import family_of
+from modeling_looped.loop_update import LoopUpdate
+from modeling_looped.modeling_looped import LoopedForCausalLM
+from modeling_looped.state_map import filled
+
+from .alignment import ALIGNMENTS, Aligned, align, unaligned
+from .calibration import Calibration
+from .layer_plan import LayerPlan
+from .merging import CALIBRATED_MERGES, MERGES, low_rank, relative_error
+
+ADAPTERS = ("svd", "weighted_svd")
+
+
+class InitialError(NamedTuple):
+    """What one projection of the compressed model is off, in one loop.
+
+    Attributes:
+        core_layer, loop: counted from 0.
+        teacher_layer: the layer that it stands for there.
+        projection: its name.
+        shared: relative error of the shared weight alone.
+        adapted: the same with the loop's low-rank difference.
+    """
+
+    core_layer: int
+    loop: int
+    teacher_layer: int
+    projection: str
+    shared: float
+    adapted: float
+
+
+class Compressed(NamedTuple):
+    """A compressed model and its errors, of every projection in every loop."""
+
+    model: LoopedForCausalLM
+    errors: list[InitialError]
+
+
+@torch.no_grad()
+def compress(
+    teacher: PreTrainedModel,
+    plan: LayerPlan,
+    *,
+    rank: int = 0,
+    merge: str = "average",
+    adapter: str = "svd",
+    alignment: str = "none",
+    calibration: Calibration | None = None,
+    loop_update: dict | str = "replace",
+) -> Compressed:
+    """A looped model that stores the layers of `plan` and starts as near to `teacher` as they allow.
+
+    Args:
+        teacher: a stacked causal language model (Llama, Mistral, Qwen 2 or 3, OLMo 2), not quantised.
+        plan: which layers become which.
+        rank: of the low-rank difference of every shared projection in every loop; 0: none.
+        merge: how a shared weight comes from those it stands for: `average`, `first`, `last`, `middle` or
+            `least_squares`.
+        adapter: `svd`, nearest to the lost weights, or `weighted_svd`, nearest in what they do to the inputs that
+            calibration saw.
+        alignment: what is reordered to match before merging: `none`, `neurons` or `neurons_and_heads`.
+        calibration: needed by `least_squares` and `weighted_svd`, for the layers that the core stands for.
+        loop_update: spec of the update between loops.
+
+    Returns:
+        the looped model, with weights of its own in the teacher's dtype and on its device, and its errors (weighed by
+        the calibration, if there is one).
+
+    Raises:
+        ValueError: for a plan or option that does not fit; names it and what is allowed.
+    """
+    weighs = check_options(rank, merge, adapter, alignment, calibration)
+    if calibration is not None:
+        unseen = sorted({layer for group in plan.core for layer in group} - calibration.layers)
+        if unseen and weighs:
+            raise ValueError(f"calibration has not measured layers {unseen}, which the core stands for.")
+        calibration = None if unseen else calibration
+    config = compressed_config(teacher, plan, rank, loop_update)
+    stack = teacher_layers(teacher)
+    state = {name: tensor for name, tensor in stack.items() if not name.startswith("model.layers.")}
+    layers = [layer_weights(stack, layer) for layer in range(teacher.config.num_hidden_layers)]
+    kept = [*enumerate(plan.prelude), *enumerate(plan.coda, start=len(plan.prelude) + len(plan.core))]
+    for stored, layer in kept:
+        state |= {f"model.layers.{stored}.{name}": tensor for name, tensor in layers[layer].items()}
+
+    heads = {"head_dim": config.head_dim, "groups": config.num_attention_heads // config.num_key_value_heads}
+    errors = []
+    for index, group in enumerate(plan.core):
+        reference = layers[group[0]]
+        parts = [unaligned(reference)]
+        parts += [align(layers[layer], reference, what=alignment, **heads) for layer in group[1:]]
+        prefix = f"model.layers.{len(plan.prelude) + index}."
+        shared, found = share(parts, group, index, rank, merge, adapter, calibration)
+        state |= {prefix + name: tensor for name, tensor in shared.items()}
+        errors += found
+
+    with torch.device("meta"):
+        skeleton = LoopedForCausalLM(config)
+    state |= own_parameters(skeleton)
+    return Compressed(filled(teacher, {k: v.to(teacher.dtype) for k, v in state.items()}, skeleton), errors)
+
+
+def share(
+    parts: Sequence[Aligned],
+    group: Sequence[int],
+    index: int,
+    rank: int,
+    merge: str,
+    adapter: str,
+    calibration: Calibration | None,
+) -> tuple[dict[str, Tensor], list[InitialError]]:
+    """The weights of one shared layer that stands for the teacher layers `group`, and their errors."""
+    state: dict[str, Tensor] = {}
+    errors = []
+    for name in parts[0].weights:
+        weights = [part.weights[name] for part in parts]
+        module, _, kind = name.rpartition(".")
+        parent, _, projection = module.rpartition(".")
+        if "norm" in projection:
+            state[name] = torch.stack(weights)  # a row per loop
+            continue
+        moments = (
+            []
+            if calibration is None
+            else [
+                part.permuted(projection, calibration.moment(layer, projection))
+                for part, layer in zip(parts, group, strict=True)
+            ]
+        )
+        merged = MERGES[merge](weights, moments)
+        state[name] = merged
+        differences = [weight.float() - merged for weight in weights]
+        adapters = f"{parent}.loop_adapters.{projection}"
+        if kind == "bias":
+            if rank:
+                state[f"{adapters}.bias"] = torch.stack(differences)
+            continue
+        weighing: Sequence[Tensor | None] = moments or [None] * len(weights)
+        factors = [
+            low_rank(difference, rank, moment if adapter == "weighted_svd" else None)
+            for difference, moment in zip(differences, weighing, strict=True)
+            if rank
+        ]
+        if rank:
+            state[f"{adapters}.B"] = torch.stack([B for B, _ in factors])
+            state[f"{adapters}.A"] = torch.stack([A for _, A in factors])
+        for loop, (weight, difference, moment) in enumerate(zip(weights, differences, weighing, strict=True)):
+            left = difference - factors[loop][0] @ factors[loop][1] if rank else difference
+            before, after = (relative_error(error, weight, moment) for error in (difference, left))
+            errors.append(InitialError(index, loop, group[loop], projection, before, after))
+    return state, errors
+
+
+def compressed_config(teacher: PreTrainedModel, plan: LayerPlan, rank: int, loop_update: dict | str) -> LoopedConfig:
+    """The config of the compressed model."""
+    stock = teacher.config
+    plan.check(stock.num_hidden_layers)
+    fields = family_of(stock).looped_fields(stock)
+    types = fields.get("stored_layer_types")
+    if types is not None:
+        for group in plan.core:
+            if len({types[layer] for layer in group}) > 1:
+                raise ValueError(
+                    f"layers {list(group)} cannot share: their attention is {[types[layer] for layer in group]}."
+                )
+        stored = [*plan.prelude, *(group[0] for group in plan.core), *plan.coda]
+        fields["stored_layer_types"] = [types[layer] for layer in stored]
+    adapter: dict[str, Any] | str = "none"
+    if rank:
+        names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+        adapter = {"type": "lora", "rank": rank, "targets": names, "biases": "per_loop"}
+    return LoopedConfig(
+        **fields,
+        num_prelude_layers=len(plan.prelude),
+        num_core_layers=len(plan.core),
+        num_coda_layers=len(plan.coda),
+        num_loops=plan.num_loops,
+        core_group_size=1 if plan.order == "sequence" else None,
+        injection="none",
+        state_init="input",
+        prelude_norm=False,
+        loop_update=loop_update,
+        loop_conditioning="norms",
+        loop_adapter=adapter,
+    )
+
+
+def teacher_layers(teacher: PreTrainedModel) -> dict[str, Tensor]:
+    """The teacher's weights under our names, its layers numbered as they are there."""
+    fields = family_of(teacher.config).looped_fields(teacher.config)
+    layers = teacher.config.num_hidden_layers
+    config = LoopedConfig(**fields, num_prelude_layers=layers, num_core_layers=0, num_coda_layers=0)
+    with torch.device("meta"):
+        shapes = {key: tensor.shape for key, tensor in LoopedForCausalLM(config).state_dict().items()}
+    state_map = family_of(teacher.config).state_map(tied=config.tie_word_embeddings)
+    return state_map.apply(teacher.state_dict(), shapes)
+
+
+def layer_weights(stack: Mapping[str, Tensor], layer: int) -> dict[str, Tensor]:
+    """The weights of one layer, without its prefix."""
+    prefix = f"model.layers.{layer}."
+    return {name.removeprefix(prefix): tensor for name, tensor in stack.items() if name.startswith(prefix)}
+
+
+def own_parameters(skeleton: LoopedForCausalLM) -> dict[str, Tensor]:
+    """What the loop update brings beyond the teacher's weights, as it initialises itself."""
+    update = skeleton.get_submodule("model.loop_update").to_empty(device="cpu")
+    if isinstance(update, LoopUpdate):
+        update.init_weights()
+    return {f"model.loop_update.{name}": tensor for name, tensor in update.state_dict().items()}
+
+
+def check_options(rank: int, merge: str, adapter: str, alignment: str, calibration: Calibration | None) -> bool:
+    """Whether these options weigh by a calibration; raises ValueError for one that does not exist, or lacks it."""
+    if rank < 0:
+        raise ValueError(f"rank={rank} must be at least 0.")
+    for name, value, allowed in (
+        ("merge", merge, MERGES),
+        ("adapter", adapter, ADAPTERS),
+        ("alignment", alignment, ALIGNMENTS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} must be one of: {', '.join(allowed)}.")
+    weighs = merge in CALIBRATED_MERGES or (rank > 0 and adapter == "weighted_svd")
+    if weighs and calibration is None:
+        raise ValueError(f"merge={merge!r}, adapter={adapter!r}: pass a calibration, which weighs the errors.")
+    return weighs
+
+
+__all__ = ["ADAPTERS", "Compressed", "InitialError", "compress"]

@@ -1,0 +1,189 @@
+"""From a teacher's files to a folder with its compressed model: load, plan, compress, measure, save."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import PreTrainedModel
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from modeling_looped.modeling_looped import LoopedForCausalLM
+
+from .calibration import Calibration, calibrate
+from .checkpoint import Steps, check_device, write_result
+from .compress import InitialError, compress
+from .layer_plan import LayerPlan
+from .manifest import versions
+from .output_folder import check_output
+from .special_tokens import align_special_tokens
+from .teacher import TeacherFiles, find_teacher, sha256
+from .verification import HELD_OUT_TEXT, in_full_precision, loss_by_loops, text_windows, total_loss
+
+#: Makes the plan once the number of layers and the teacher's calibration are known.
+Planner = Callable[[int, Calibration | None], LayerPlan]
+
+
+class CompressedCheckpoint(NamedTuple):
+    """What `compress_checkpoint` made: the model, the teacher's tokenizer and the manifest."""
+
+    model: LoopedForCausalLM
+    tokenizer: PreTrainedTokenizerBase
+    manifest: dict[str, Any]
+
+
+def compress_checkpoint(
+    teacher: str | TeacherFiles,
+    output: Path,
+    planner: Planner,
+    *,
+    rank: int = 0,
+    merge: str = "average",
+    adapter: str = "svd",
+    alignment: str = "none",
+    loop_update: dict | str = "replace",
+    calibration_text: Path | None = None,
+    calibration_tokens: int = 8192,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    text: Path = HELD_OUT_TEXT,
+    device: str = "cpu",
+    dtype: str = "auto",
+    overwrite: bool = False,
+    command: str = "",
+    report: Callable[[str], object] = lambda line: None,
+) -> CompressedCheckpoint:
+    """Compress the checkpoint `teacher` and save the looped model, its tokenizer and a manifest in `output`.
+
+    Args:
+        teacher: folder or Hub id of a stacked checkpoint, or what `find_teacher` made of it.
+        output: folder to write; must not exist or be empty, unless `overwrite`.
+        planner: makes the plan.
+        rank, merge, adapter, alignment, loop_update: as in `compress`.
+        calibration_text: file of text to calibrate on; `None`: no calibration.
+        calibration_tokens: how much of it is read.
+        gguf_file, revision: as in `find_teacher`.
+        text: file of held-out text for the losses; another one than the calibration's.
+        device, dtype, overwrite, command, report: as in `retrofit_checkpoint`.
+
+    Raises:
+        ValueError: for arguments that cannot work, with what would.
+    """
+    step = Steps(report)
+    check_output(output, overwrite=overwrite)
+    check_device(device)
+    content = text.read_text(encoding="utf-8")
+    seen_text = None if calibration_text is None else calibration_text.read_text(encoding="utf-8")
+    if seen_text == content:
+        raise ValueError(
+            f"calibration_text={str(calibration_text)!r} is the held-out text: its loss would be too good."
+        )
+
+    if isinstance(teacher, str):
+        step(f"looking up {teacher}")
+        teacher = find_teacher(teacher, gguf_file=gguf_file, revision=revision)
+    layers = teacher.config.num_hidden_layers
+    if seen_text is None:
+        planner(layers, None).check(layers)  # what cannot work fails before the weights are loaded
+    step("loading the tokenizer and the teacher")
+    tokenizer = teacher.tokenizer()
+    length = min(512, teacher.config.max_position_embeddings)
+    held_out = text_windows(tokenizer, content, length=length)
+    source = teacher.model(dtype=dtype, device=device)
+    for line in align_special_tokens(source.config, source.generation_config, tokenizer):
+        report(f"   {line}")
+
+    calibration = None
+    if seen_text is not None:
+        windows = text_windows(tokenizer, seen_text, length=length)[: max(1, calibration_tokens // length)]
+        step(f"calibrating on {sum(map(torch.numel, windows))} tokens of {Path(str(calibration_text)).name}")
+        calibration = calibrate(in_full_precision(source), windows)
+    plan = planner(layers, calibration)
+    for line in plan.rows():
+        report(f"   {line}")
+    step("merging layers")
+    model, errors = compress(
+        source,
+        plan,
+        rank=rank,
+        merge=merge,
+        adapter=adapter,
+        alignment=alignment,
+        calibration=calibration,
+        loop_update=loop_update,
+    )
+    for line in error_table(errors):
+        report(f"   {line}")
+    step(f"measuring the loss on {text.name}")
+    teacher_loss, losses = held_out_losses(source, model, held_out, plan.num_loops)
+    report(f"   teacher {teacher_loss:.3f}, {parameters(source)}")
+    for loops, loss in losses.items():
+        report(f"   {loops} loops {loss:.3f}, {parameters(model)}")
+
+    step(f"saving to {output}")
+    manifest = {
+        "made_by": "modeling_looped.conversion.compress",
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command,
+        "source": teacher.provenance(),
+        "versions": versions(),
+        "plan": dataclasses.asdict(plan),
+        "dropped_layers": plan.dropped(layers),
+        "settings": {
+            "rank": rank,
+            "merge": merge,
+            "adapter": adapter,
+            "alignment": alignment,
+            "loop_update": model.config.loop_update,
+            "dtype": dtype,
+            "device": device,
+        },
+        "calibration": None
+        if calibration is None or calibration_text is None
+        else {"file": calibration_text.name, "sha256": sha256(calibration_text), "tokens": calibration.tokens},
+        "parameters": {"teacher": source.num_parameters(), "compressed": model.num_parameters()},
+        "initial_errors": [error._asdict() for error in errors],
+        "checks": {
+            "teacher_loss": teacher_loss,
+            "loss_by_num_loops": losses,
+            "text": {"file": text.name, "sha256": sha256(text)},
+        },
+    }
+    write_result(output, model, tokenizer, manifest)
+    step("done: the model is only a start, and reads badly until it is trained")
+    return CompressedCheckpoint(model, tokenizer, manifest)
+
+
+@torch.no_grad()
+def held_out_losses(
+    teacher: PreTrainedModel, model: LoopedForCausalLM, windows: Sequence[Tensor], loops: int
+) -> tuple[float, dict[int, float]]:
+    """Loss in nats per token of the teacher, and of the model by loop count."""
+    exact_teacher, exact = in_full_precision(teacher), in_full_precision(model)
+    total = sum(total_loss(exact_teacher(window.to(teacher.device)).logits, window) for window in windows)
+    predicted = sum(window.numel() - 1 for window in windows)
+    return total / predicted, loss_by_loops(exact, windows, sorted({1, loops}))
+
+
+def error_table(errors: Sequence[InitialError]) -> list[str]:
+    """Mean errors of the projections of each core layer, as lines of text."""
+    rows = ["core layer, loop, stands for: error of the shared weights, with low rank"]
+    for key in dict.fromkeys((error.core_layer, error.loop, error.teacher_layer) for error in errors):
+        mine = [error for error in errors if (error.core_layer, error.loop, error.teacher_layer) == key]
+        shared, adapted = (statistics.fmean(getattr(error, kind) for error in mine) for kind in ("shared", "adapted"))
+        rows.append(f"{key[0]:>10} {key[1]:>5} {key[2]:>11}: {shared:.3f} {adapted:.3f}")
+    return rows
+
+
+def parameters(model: PreTrainedModel) -> str:
+    """How many parameters a model has, as text."""
+    return f"{model.num_parameters() / 1e6:.1f} M parameters"
+
+
+__all__ = ["CompressedCheckpoint", "compress_checkpoint"]
