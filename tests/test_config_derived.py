@@ -323,6 +323,7 @@ def test_every_field_round_trips_at_a_value_that_is_not_its_default(tmp_path):
     apart = [
         {"attention_bias": True, "attention_value_bias": False, "kv_sharing": "first_loop"},
         {
+            "attention_value_bias": True,
             "schedule": {"type": "nested", "inner_loops": 3},
             "injection": "none",
             "state_init": "input",
