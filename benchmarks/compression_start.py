@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--coda", type=int, default=5)
     parser.add_argument("--loops", type=int, default=2)
     parser.add_argument("--ranks", type=int, nargs="*", default=[0, 16, 64, 128])
+    parser.add_argument("--orders", nargs="*", choices=("cycle", "sequence"), default=["cycle", "sequence"])
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args = parser.parse_args()
 
@@ -83,7 +84,7 @@ def main() -> None:
     block = droppable_block(calibration, layers - stored)
     kept = [layer for layer in range(layers) if layer not in block]
     measure(f"drop layers {block[0]}-{block[-1]}, nothing loops", kept_plan(kept, kept[-1:], 1))
-    for order in ("cycle", "sequence"):
+    for order in args.orders:
         plan = fitting_plan(layers, args.prelude, args.core, args.coda, args.loops, order=order)
         for rank in args.ranks:
             for merge in ("average", "least_squares"):

@@ -1,0 +1,119 @@
+"""`conversion/compress.py`: every way of naming the layers, what it writes, and what it refuses before any work."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+from helpers import assert_close, random_tokens
+from teachers import save_teacher
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+PROGRAM = Path(__file__).parents[1] / "conversion" / "compress.py"
+TEXT = "The cat sat on the mat. The other cat sat there too, and then the first one left. " * 3
+CALIBRATION = "Then the dog came, and the cats sat on the roof until the dog had gone home again. " * 3
+
+
+@pytest.fixture(scope="module")
+def main():
+    spec = importlib.util.spec_from_file_location("compress_program", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.main
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("compress")
+    save_teacher(folder / "teacher")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "calibration.txt").write_text(CALIBRATION, encoding="utf-8")
+    return folder
+
+
+def arguments(files: Path, output: Path, *more: str) -> list[str]:
+    paths = ["--teacher", str(files / "teacher"), "--text", str(files / "text.txt"), "--output", str(output)]
+    return [*paths, "--loops", "2", *more]
+
+
+def calibrated(files: Path) -> list[str]:
+    return ["--calibration", str(files / "calibration.txt")]
+
+
+SIZES = ("--prelude", "1", "--core", "2", "--coda", "1")
+
+
+def test_at_full_rank_the_written_folder_is_the_teacher(main, files, tmp_path, capsys):
+    options = [*SIZES, "--rank", "32", "--adapter", "weighted_svd", "--merge", "least_squares", *calibrated(files)]
+    assert main(arguments(files, tmp_path / "out", *options)) == 0
+    teacher = AutoModelForCausalLM.from_pretrained(files / "teacher")
+    looped = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokens = random_tokens(vocab_size=300)
+    assert_close(looped(tokens).logits, teacher(tokens).logits)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template
+    manifest = json.loads((tmp_path / "out" / "looped_manifest.json").read_text(encoding="utf-8"))
+    assert manifest["plan"] == {"prelude": [0], "core": [[1, 3], [2, 4]], "coda": [5], "order": "cycle"}
+    assert manifest["calibration"]["file"] == "calibration.txt"
+    assert manifest["checks"]["loss_by_num_loops"]["2"] == pytest.approx(manifest["checks"]["teacher_loss"], abs=1e-4)
+    assert len(manifest["initial_errors"]) == 2 * 2 * 7
+    assert "core 0: 1 | 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "plan"),
+    [
+        ((*SIZES, "--order", "sequence"), {"prelude": [0], "core": [[1, 2], [3, 4]], "coda": [5]}),
+        (
+            ("--keep", "0-1,4-5", "--loop", "1,4", "--gate", "0.1"),
+            {"prelude": [0], "core": [[1, 1], [4, 4]], "coda": [5]},
+        ),
+    ],
+)
+def test_layers_are_named_by_sizes_or_one_by_one(main, files, tmp_path, options, plan):
+    assert main(arguments(files, tmp_path / "out", *options)) == 0
+    manifest = json.loads((tmp_path / "out" / "looped_manifest.json").read_text(encoding="utf-8"))
+    assert {part: manifest["plan"][part] for part in plan} == plan
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.loop_update["type"] == ("gated" if "--gate" in options else "replace")
+    assert model(random_tokens(vocab_size=300)).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("options", [("--find", "middle"), ("--find", "drop", "--dropped", "2", "--looped", "2")])
+def test_layers_are_found_from_activations(main, files, tmp_path, options):
+    assert main(arguments(files, tmp_path / "out", *options, *calibrated(files))) == 0
+    manifest = json.loads((tmp_path / "out" / "looped_manifest.json").read_text(encoding="utf-8"))
+    assert len(manifest["dropped_layers"]) == (2 if "drop" in options else 0)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_loops == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "say which layers share in one way"),
+        ((*SIZES, "--find", "middle"), "say which layers share in one way"),
+        (("--prelude", "1"), "--prelude, --core and --coda go together"),
+        (("--prelude", "2", "--core", "2", "--coda", "1"), "must be the teacher's 6 layers; nearest with 2 loops: "),
+        (("--keep", "0-5"), "--keep needs --loop"),
+        (("--keep", "0-9", "--loop", "1"), "layers [6, 7, 8, 9] are not in the teacher"),
+        (("--find", "middle"), "--find middle needs --calibration"),
+        ((*SIZES, "--merge", "least_squares"), "pass a calibration"),
+    ],
+)
+def test_what_cannot_work_is_said_and_nothing_is_written(main, files, tmp_path, capsys, options, message):
+    assert main(arguments(files, tmp_path / "out", *options)) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_held_out_text_cannot_be_the_calibration(main, files, tmp_path, capsys):
+    options = [*SIZES, "--calibration", str(files / "text.txt")]
+    assert main(arguments(files, tmp_path / "out", *options)) == 1
+    assert "is the held-out text" in capsys.readouterr().err
+
+
+def test_an_earlier_result_is_replaced_only_when_told(main, files, tmp_path, capsys):
+    assert main(arguments(files, tmp_path / "out", *SIZES)) == 0
+    assert main(arguments(files, tmp_path / "out", *SIZES)) == 1
+    assert "pass --force" in capsys.readouterr().err
+    assert main(arguments(files, tmp_path / "out", *SIZES, "--rank", "2", "--force")) == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.loop_adapter["rank"] == 2
