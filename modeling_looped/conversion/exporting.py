@@ -50,9 +50,10 @@ def export_checkpoint(
     refuse_changes(manifest["looped"], described(config), source)
 
     family = PUBLISHED[manifest["family"]]
-    ours = our_shapes(family.model_class, config)
+    told = {**original["config"], **original["settings"]}
+    ours = our_shapes(family.model_class_for(told), config)
     names = [name for names in original["files"].values() for name in names]
-    tensor_map = family.tensor_map({**original["config"], **original["settings"]}, config, ours, names)
+    tensor_map = family.tensor_map(told, config, ours, names)
     stored = StoredTensors(source)
     check_ours(stored.shapes, ours, source)
     unread = load_file(like / ASIDE) if manifest["unread"] else {}

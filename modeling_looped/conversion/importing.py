@@ -81,9 +81,11 @@ def import_checkpoint(
     stored = StoredTensors(files.folder)
 
     step("matching its config and its tensors with ours")
-    chosen, looped, tensor_map = plan_import(family, {**config, **(settings or {})}, stored)
+    told = {**config, **(settings or {})}
+    chosen, looped, tensor_map = plan_import(family, told, stored)
+    model_class = chosen.model_class_for(told)
     looped.dtype = dtype or widest_dtype(stored)
-    looped.architectures = [chosen.model_class.__name__]
+    looped.architectures = [model_class.__name__]
     report(f"   {chosen.name}: {len(stored.shapes)} tensors, {looped.num_stored_layers} stored layers")
 
     with staged(output) as folder:
@@ -98,7 +100,7 @@ def import_checkpoint(
         for line in repairs:
             report(f"   {line}")
         step("loading the result")
-        parity = verify(chosen.model_class, folder, expected)
+        parity = verify(model_class, folder, expected)
         if parity is not None:
             for name, difference in parity.original.items():
                 report(f"   {name}: largest difference from the original {difference:.2e}")
@@ -139,7 +141,7 @@ def plan_import(
     fields = family.fields(source_config, stored.shapes)
     source_config.finish()
     looped = looped_config(family, fields)
-    ours = our_shapes(family.model_class, looped)
+    ours = our_shapes(family.model_class_for(config), looped)
     tensor_map = family.tensor_map(config, looped, ours, stored.shapes)
     tensor_map.check(stored.shapes, ours)
     packed = [name for name, dtype in stored.dtypes.items() if dtype not in PLAIN_DTYPES]

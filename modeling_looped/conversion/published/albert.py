@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, final
 
+from transformers.modeling_utils import PreTrainedModel
+
 from modeling_looped.configuration_looped import LoopedConfig
 from modeling_looped.conversion.tensor_map import TensorMap, Unread, rename
-from modeling_looped.modeling_looped import LoopedForMaskedLM
+from modeling_looped.modeling_looped import (
+    LoopedForMaskedLM,
+    LoopedForQuestionAnswering,
+    LoopedForSequenceClassification,
+    LoopedForTokenClassification,
+)
 
 from .family import IN_PLACE, PublishedFamily, Shapes
 from .source_config import SourceConfig
@@ -33,6 +40,18 @@ OTHER_PARTS = {
     "model.embedding_projection": "albert.encoder.embedding_hidden_mapping_in",
     "head_transform.dense": "predictions.dense",
     "head_transform.norm": "predictions.LayerNorm",
+    "pooler.dense": "albert.pooler",
+    "score": "classifier",
+    "qa_outputs": "qa_outputs",
+}
+
+#: Their class -> ours; a checkpoint that names no class is the masked language model that it was trained as.
+MODEL_CLASSES: dict[str, type[PreTrainedModel]] = {
+    "AlbertForMaskedLM": LoopedForMaskedLM,
+    "AlbertForPreTraining": LoopedForMaskedLM,
+    "AlbertForSequenceClassification": LoopedForSequenceClassification,
+    "AlbertForTokenClassification": LoopedForTokenClassification,
+    "AlbertForQuestionAnswering": LoopedForQuestionAnswering,
 }
 
 #: What a checkpoint for pretraining holds beyond the masked language model.
@@ -46,13 +65,19 @@ OTHER_HEADS = (
 
 @final
 class Albert(PublishedFamily):
-    """ALBERT's masked language models, base to xxlarge."""
+    """ALBERT's masked language models and classifiers, base to xxlarge."""
 
     name = "albert"
     model_class = LoopedForMaskedLM
 
     def recognises(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
         return config.get("model_type") == "albert"
+
+    def model_class_for(self, config: Mapping[str, Any]) -> type[PreTrainedModel]:
+        architecture = next(iter(config.get("architectures") or ()), "AlbertForMaskedLM")
+        if architecture not in MODEL_CLASSES:
+            raise ValueError(f"architectures=[{architecture!r}] must be one of: {', '.join(MODEL_CLASSES)}.")
+        return MODEL_CLASSES[architecture]
 
     def fields(self, config: SourceConfig, shapes: Shapes) -> dict[str, Any]:
         config.supported("position_embedding_type", "absolute", default="absolute")
@@ -94,6 +119,8 @@ class Albert(PublishedFamily):
             "initializer_range": config.take("initializer_range", 0.02),
             "is_causal": False,
             "mlm_head": "transform",
+            "sequence_pooling": "first_token",
+            **config.labels(),
             "tie_word_embeddings": True,
             **IN_PLACE,
             **config.special_tokens(),
@@ -119,7 +146,9 @@ class Albert(PublishedFamily):
                 if stem == "model.embed_tokens":
                     theirs = (*theirs, "predictions.decoder.weight")
             links.append(rename(theirs, name))
-        unread = [Unread(name, "a head that a masked language model does not have") for name in OTHER_HEADS]
+        read = {name for link in links for names in link.sources for name in names}
+        heads = [name for name in OTHER_HEADS if name not in read]
+        unread = [Unread(name, "a head that this model does not have") for name in heads]
         return TensorMap(links, [*unread, Unread("albert.embeddings.position_ids", "the positions 0, 1, 2, ...")])
 
 

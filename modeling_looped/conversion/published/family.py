@@ -26,8 +26,12 @@ class PublishedFamily(ABC):
 
     #: What `--family` calls it.
     name: str
-    #: The class that its checkpoints become.
+    #: The class that its checkpoints become, unless their config says otherwise.
     model_class: type[PreTrainedModel] = LoopedForCausalLM
+
+    def model_class_for(self, config: Mapping[str, Any]) -> type[PreTrainedModel]:
+        """The class that a checkpoint with this config becomes."""
+        return self.model_class
 
     @abstractmethod
     def recognises(self, config: Mapping[str, Any], names: Collection[str]) -> bool:

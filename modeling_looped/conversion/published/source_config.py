@@ -105,6 +105,11 @@ class SourceConfig:
             self.refuse("partial_rotary_factor", "supported: 1")
         return parameters
 
+    def labels(self) -> dict[str, Any]:
+        """Names and kind of the classes of a classifier, if the config has them."""
+        given = {name: self.take(name, None) for name in ("id2label", "label2id", "problem_type")}
+        return {name: value for name, value in given.items() if value is not None}
+
     def finish(self) -> None:
         """Raise ValueError if there is anything in the config that would be lost."""
         unknown = [

@@ -13,8 +13,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any, final
 
+from transformers.modeling_utils import PreTrainedModel
+
 from modeling_looped.configuration_looped import LoopedConfig
 from modeling_looped.conversion.tensor_map import TensorMap, Unread, rename
+from modeling_looped.modeling_looped import LoopedForCausalLM, LoopedForMaskedLM
 
 from .family import IN_PLACE, PublishedFamily, Shapes
 from .source_config import SourceConfig
@@ -41,16 +44,24 @@ NORM_KINDS = {"weight": "gamma", "bias": "beta"}
 
 @final
 class UniversalTransformer(PublishedFamily):
-    """A causal encoder with linear feed-forward layers, with or without adaptive computation time."""
+    """An encoder with linear feed-forward layers, causal or seeing both sides, with or without halting."""
 
     name = "universal_transformer"
 
     def recognises(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
         return config.get("model_type") == "universal_transformer"
 
+    def model_class_for(self, config: Mapping[str, Any]) -> type[PreTrainedModel]:
+        return LoopedForCausalLM if self.is_causal(config) else LoopedForMaskedLM
+
+    @staticmethod
+    def is_causal(config: Mapping[str, Any]) -> bool:
+        """Whether a token sees only what is before it (`use_mask`)."""
+        return bool(config.get("use_mask", True))
+
     def fields(self, config: SourceConfig, shapes: Shapes) -> dict[str, Any]:
+        config.ignore("use_mask")
         config.ignore("input_dropout", "layer_dropout", "relu_dropout")
-        config.supported("use_mask", True, default=True)
         width, embedding = config.take("hidden_size"), config.take("embedding_size")
         for name in ("total_key_depth", "total_value_depth"):
             if (config.take(name, 0) or width) != width:
@@ -84,6 +95,7 @@ class UniversalTransformer(PublishedFamily):
             "max_position_embeddings": config.take("max_length", 100),
             "loop_conditioning": {"type": "sinusoidal", "scale": 1.0, "positions": "every_loop"},
             "halting": {"type": "act", "threshold": 0.9, "form": "universal"} if halts else "none",
+            "is_causal": self.is_causal(config.values),
             "tie_word_embeddings": True,
             **IN_PLACE,
             **config.special_tokens(),
