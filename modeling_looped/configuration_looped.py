@@ -22,10 +22,6 @@ from .config_checks import (
     counts_are_valid,
     counts_message,
 )
-from .config_checks import CORE_SIZES as CORE_SIZES
-from .config_checks import FINAL_NORM_PLACEMENTS as FINAL_NORM_PLACEMENTS
-from .config_checks import NORM_PLACEMENTS as NORM_PLACEMENTS
-from .config_checks import QK_NORMS as QK_NORMS
 from .halting import HALTINGS
 from .injection import INJECTIONS
 from .loop_adapter import LOOP_ADAPTERS
@@ -33,7 +29,6 @@ from .loop_update import LOOP_UPDATES
 from .readout import READOUTS
 from .registry import LayerShape, Registry
 from .remote_code import AUTO_MAP, copy_code
-from .routing import Router as Router  # registers the routers
 from .schedule import SCHEDULES
 from .slots import SlotLayout
 from .state import STATE_INITS

@@ -55,7 +55,12 @@ class LoopedGenerationMixin(GenerationMixin):
         return prepared, model_kwargs
 
     def prepare_inputs_for_generation(
-        self, input_ids: Tensor, *args: Any, prompt_length: int | None = None, **kwargs: Any
+        self,
+        input_ids: Tensor,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,  # named: `generate` looks whether it is
+        prompt_length: int | None = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """As in Transformers, which gives every new token the type of the last one before it: where types say what
         belongs to a prefix (`config.prefix_lm`), nothing behind the prompt does.
@@ -65,7 +70,7 @@ class LoopedGenerationMixin(GenerationMixin):
             kwargs["token_type_ids"] = torch.cat(
                 (types[:, :prompt_length], torch.zeros_like(types[:, prompt_length:])), dim=1
             )
-        return super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
+        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
 from .conditioning import LoopConditioning
-from .configuration_looped import CORE_SIZES, STRATEGY_FIELDS, LoopedConfig
+from .config_checks import CORE_SIZES
+from .configuration_looped import STRATEGY_FIELDS, LoopedConfig
 from .families import FAMILIES, Family, StockFit
 from .halting import Halting
 from .loop_adapter import LOOP_ADAPTERS, LoopLoRA

@@ -48,7 +48,7 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
     parts = draw(st.tuples(st.integers(0, 2), st.integers(1, 2), st.integers(0, 2)))
     layer_types = ["full_attention"] if sliding_window is None else ["full_attention", "sliding_attention"]
     stored = st.lists(st.sampled_from(layer_types), min_size=sum(parts), max_size=sum(parts))
-    attention_bias = draw(st.booleans())
+    attention_bias, value_bias = draw(st.booleans()), draw(st.none() | st.booleans())
     embedding_size = draw(st.none() | st.integers(2, 6))
     return {
         "hidden_size": draw(st.integers(3, 12)),
@@ -71,10 +71,10 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
         "hidden_act": draw(st.sampled_from(["silu", "gelu", "relu", "half_relu2"])),
         "mlp_output_act": draw(st.sampled_from([None, "tanh"])),
         "attention_bias": attention_bias,
-        "attention_value_bias": draw(st.none() | st.booleans()),
+        "attention_value_bias": value_bias,
         "attention_output_bias": draw(st.booleans()),
         "attention_gate": draw(st.sampled_from(["none", "per_channel"])),
-        "qkv_clip": None if attention_bias else draw(st.sampled_from([None, 0.3])),
+        "qkv_clip": None if attention_bias or value_bias else draw(st.sampled_from([None, 0.3])),
         "mlp_bias": draw(st.booleans()),
         "position_embedding": draw(st.sampled_from(POSITION_EMBEDDINGS)),
         "embedding_size": embedding_size,
@@ -103,8 +103,10 @@ def core_sizes(draw: st.DrawFn) -> dict[str, Any]:
 def chosen_strategies(draw: st.DrawFn, fields: dict[str, Any]) -> dict[str, Any]:
     """A spec for every strategy field, such that they fit each other, and `fields`, which they may change."""
     specs: dict[str, Any] = {}
+    weightless = {"norms"} if fields["norm_type"] == "rms_unweighted" else set()  # norms per loop need weights
     for field, registry in STRATEGY_FIELDS.items():
-        name = draw(st.sampled_from(sorted(set(registry) - WITHOUT_REFERENCE)))
+        names = set(registry) - WITHOUT_REFERENCE - (weightless if field == "loop_conditioning" else set())
+        name = draw(st.sampled_from(sorted(names)))
         specs[field] = {"type": name, **draw(st.sampled_from(PARAMETERS.get(name, [{}])))}
     if specs["loop_adapter"]["type"] == "lora":
         projections = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]

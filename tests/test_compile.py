@@ -62,12 +62,15 @@ def test_compiled_blocks_have_as_many_graphs_for_sixteen_loops_as_for_two(varian
         expected = reference(tokens, num_loops=num_loops).logits
         assert_close(model(tokens, num_loops=num_loops).logits, expected)
         counts.append(backend.graphs)
-    assert counts[1:] == [counts[1]] * 15
+    config = model.config
+    shares = config.kv_sharing != "none"
+    settled = 2 if shares else 1  # what only later loops run is met in the second one, and again in the third
+    assert counts[settled:] == [counts[settled]] * (16 - settled)
     # Two halves of a block. The core's are graphs of their own only where it has other sizes, or where a table with
     # one row per loop is read: one for the first loop and one for all others.
-    config = model.config
     per_loop_tables = config.loop_conditioning["type"] == "norms" or config.loop_adapter["type"] == "lora"
-    assert counts[-1] == 2 * (1 + 2 if per_loop_tables else 2 if config.core_hidden_size else 1)
+    # Where loops share keys and values, the first one projects all three and later ones the queries alone.
+    assert counts[-1] == 2 * (1 + 2 if per_loop_tables else 2 if config.core_hidden_size else 1) + shares
     assert not counters["graph_break"]
     assert not counters["recompile_limit"]
 
