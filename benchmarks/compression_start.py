@@ -51,6 +51,21 @@ def main() -> None:
     calibration = calibrate(teacher, windows, layers=middle)
     rows = []
 
+    def save() -> None:
+        if args.output is None:
+            return
+        results = {
+            "date": datetime.date.today().isoformat(),
+            "command": " ".join(["python", *sys.argv]),
+            "torch": torch.__version__,
+            "held_out_tokens": sum(map(torch.numel, held_out)),
+            "calibration_tokens": calibration.tokens,
+            "losses": losses,
+            "rows": rows,
+        }
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
     def measure(name: str, plan: LayerPlan, **options) -> None:
         start = time.perf_counter()
         model, errors = compress(teacher, plan, calibration=calibration, **options)
@@ -70,6 +85,7 @@ def main() -> None:
             **options,
         }
         rows.append(row)
+        save()  # after each row: a run that is stopped keeps what it measured
         print(
             f"| {name} | {plan.num_stored_layers} | {model.num_parameters() / 1e6:.1f} | {loss:.3f} | {shared:.3f} | "
             f"{adapted:.3f} | {seconds:.0f} |",
@@ -95,18 +111,6 @@ def main() -> None:
                             continue
                         name = f"{order}, {merge}, align {alignment}, rank {rank} {adapter if rank else ''}".strip()
                         measure(name, plan, rank=rank, merge=merge, alignment=alignment, adapter=adapter)
-    if args.output:
-        results = {
-            "date": datetime.date.today().isoformat(),
-            "command": " ".join(["python", *sys.argv]),
-            "torch": torch.__version__,
-            "held_out_tokens": sum(map(torch.numel, held_out)),
-            "calibration_tokens": calibration.tokens,
-            "losses": losses,
-            "rows": rows,
-        }
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 def sum_loss(model: torch.nn.Module, windows: list[torch.Tensor]) -> float:
