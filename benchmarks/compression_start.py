@@ -22,7 +22,7 @@ from modeling_looped.conversion.compress import compress
 from modeling_looped.conversion.layer_plan import LayerPlan, fitting_plan, kept_plan
 from modeling_looped.conversion.plan_search import droppable_block
 from modeling_looped.conversion.teacher import find_teacher
-from modeling_looped.conversion.verification import HELD_OUT_TEXT, loss_by_loops, text_windows
+from modeling_looped.conversion.verification import HELD_OUT_TEXT, loss_by_loops, mean_loss, text_windows
 
 
 def main() -> None:
@@ -92,7 +92,7 @@ def main() -> None:
             flush=True,
         )
 
-    losses = {"teacher": sum_loss(teacher, held_out)}
+    losses = {"teacher": mean_loss(teacher, held_out)}
     print(f"teacher: {losses['teacher']:.3f} nats per token, {teacher.num_parameters() / 1e6:.1f} M parameters")
     print("| start | stored layers | parameters, M | loss | error, shared | error, adapted | seconds |")
     print("|---|---|---|---|---|---|---|")
@@ -111,13 +111,6 @@ def main() -> None:
                             continue
                         name = f"{order}, {merge}, align {alignment}, rank {rank} {adapter if rank else ''}".strip()
                         measure(name, plan, rank=rank, merge=merge, alignment=alignment, adapter=adapter)
-
-
-def sum_loss(model: torch.nn.Module, windows: list[torch.Tensor]) -> float:
-    """Loss of a stock model in nats per predicted token."""
-    with torch.no_grad():
-        total = sum(model(window, labels=window).loss.item() * (window.numel() - 1) for window in windows)
-    return total / sum(window.numel() - 1 for window in windows)
 
 
 if __name__ == "__main__":

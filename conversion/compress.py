@@ -22,6 +22,7 @@ from modeling_looped.conversion.compress import ADAPTERS
 from modeling_looped.conversion.compress_checkpoint import compress_checkpoint
 from modeling_looped.conversion.layer_plan import ORDERS, LayerPlan, fitting_plan, kept_plan, parse_layers
 from modeling_looped.conversion.merging import MERGES
+from modeling_looped.conversion.options import DTYPES
 from modeling_looped.conversion.plan_search import dropped_and_looped, shared_middle
 from modeling_looped.conversion.verification import HELD_OUT_TEXT
 
@@ -53,36 +54,49 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--text", type=Path, metavar="FILE", default=HELD_OUT_TEXT, help="held-out text for the losses")
     add("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     add("--device", default="cpu", help="where to compute (%(default)s)")
-    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"), help="of the weights")
+    add("--dtype", default="auto", choices=DTYPES, help="of the weights")
     add("--force", dest="overwrite", action="store_true", help="replace the result of an earlier conversion in DIR")
     return parser.parse_args(arguments)
 
 
-def plan(options: argparse.Namespace, num_layers: int, calibration: Calibration | None) -> LayerPlan:
-    """The plan that the options describe.
+def check(options: argparse.Namespace) -> None:
+    """Refuse options that do not go together, before anything is loaded.
 
     Raises:
-        ValueError: unless they describe exactly one.
+        ValueError: unless they describe exactly one plan, and nothing besides.
     """
     sizes = [options.prelude, options.core, options.coda]
     ways = [any(size is not None for size in sizes), options.keep is not None, options.find is not None]
     if sum(ways) != 1:
         raise ValueError("say which layers share in one way: --prelude --core --coda, --keep --loop, or --find.")
+    if ways[0] and None in sizes:
+        raise ValueError("--prelude, --core and --coda go together.")
+    if options.keep is not None and not options.loop:
+        raise ValueError("--keep needs --loop: which of the kept layers loop.")
+    drops = options.find == "drop"
+    if drops and None in (options.dropped, options.looped):
+        raise ValueError("--find drop needs --dropped N and --looped R.")
+    partners = (("loop", "--keep", options.keep is not None), ("dropped", "--find drop", drops))
+    for name, partner, present in (*partners, ("looped", "--find drop", drops)):
+        if getattr(options, name) is not None and not present:
+            raise ValueError(f"--{name} {getattr(options, name)} goes with {partner} only.")
+
+
+def plan(options: argparse.Namespace, num_layers: int, calibration: Calibration | None) -> LayerPlan:
+    """The plan that the checked options describe.
+
+    Raises:
+        ValueError: for `--find` without a calibration, and for sizes or layers that do not fit the teacher.
+    """
     if options.keep is not None:
-        if not options.loop:
-            raise ValueError("--keep needs --loop: which of the kept layers loop.")
         return kept_plan(parse_layers(options.keep), parse_layers(options.loop), options.loops)
     if options.find is None:
-        if None in sizes:
-            raise ValueError("--prelude, --core and --coda go together.")
-        prelude, core, coda = sizes
-        return fitting_plan(num_layers, prelude, core, coda, options.loops, order=options.order)
+        sizes = (options.prelude, options.core, options.coda)
+        return fitting_plan(num_layers, *sizes, options.loops, order=options.order)
     if calibration is None:
         raise ValueError(f"--find {options.find} needs --calibration FILE, on which it finds the layers.")
     if options.find == "middle":
         return shared_middle(calibration, options.loops, order=options.order)
-    if options.dropped is None or options.looped is None:
-        raise ValueError("--find drop needs --dropped N and --looped R.")
     return dropped_and_looped(calibration, dropped=options.dropped, looped=options.looped, loops=options.loops)
 
 
@@ -108,6 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     gate = {"type": "gated", "initial_gate": options.gate, "free_loops": 1}
     try:
+        check(options)
         compress_checkpoint(
             **{name: getattr(options, name) for name in passed},
             planner=partial(plan, options),

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from modeling_looped.conversion import ConversionError, import_checkpoint
+from modeling_looped.conversion.options import DTYPES, positive
 from modeling_looped.conversion.parity import PARITY_TOLERANCE
 from modeling_looped.conversion.published import PUBLISHED
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -40,13 +40,6 @@ def setting(text: str) -> tuple[str, Any]:
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value
-
-
-def positive(text: str) -> float:
-    """A number above 0."""
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
-    return float(text)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -90,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
             family=options.family,
             revision=options.revision,
             settings=dict(options.settings),
-            dtype=DTYPES[options.dtype],
+            dtype=None if options.dtype == "auto" else getattr(torch, options.dtype),
             max_shard_bytes=options.max_shard_size,
             recording=options.verify,
             tolerance=options.tolerance,

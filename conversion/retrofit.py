@@ -12,14 +12,8 @@ import sys
 from pathlib import Path
 
 from modeling_looped.conversion import ConversionError, retrofit_checkpoint
+from modeling_looped.conversion.options import DTYPES, positive
 from modeling_looped.conversion.verification import HELD_OUT_TEXT, TOLERANCE
-
-
-def positive(text: str) -> float:
-    """A number above 0."""
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text} must be above 0")
-    return float(text)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -50,7 +44,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add(
         "--dtype",
         default="auto",
-        choices=("auto", "float32", "bfloat16", "float16"),
+        choices=DTYPES,
         help="of the weights (%(default)s)",
     )
     add("--force", action="store_true", help="replace the result of an earlier conversion in DIR")

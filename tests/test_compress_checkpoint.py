@@ -97,6 +97,11 @@ def test_layers_are_found_from_activations(main, files, tmp_path, options):
         (("--keep", "0-9", "--loop", "1"), "layers [6, 7, 8, 9] are not in the teacher"),
         (("--find", "middle"), "--find middle needs --calibration"),
         ((*SIZES, "--merge", "least_squares"), "pass a calibration"),
+        (("--find", "drop", "--dropped", "2", "--calibration", "missing.txt"), "--find drop needs --dropped N"),
+        ((*SIZES, "--loop", "1,4"), "--loop 1,4 goes with --keep only"),
+        ((*SIZES, "--dropped", "2"), "--dropped 2 goes with --find drop only"),
+        ((*SIZES, "--looped", "2"), "--looped 2 goes with --find drop only"),
+        ((*SIZES, "--calibration-tokens", "0"), "calibration_tokens=0 must be at least 1"),
     ],
 )
 def test_what_cannot_work_is_said_and_nothing_is_written(main, files, tmp_path, capsys, options, message):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
@@ -24,7 +23,7 @@ from .manifest import versions
 from .output_folder import check_output
 from .special_tokens import align_special_tokens
 from .teacher import TeacherFiles, find_teacher, sha256
-from .verification import HELD_OUT_TEXT, in_full_precision, loss_by_loops, text_windows, total_loss
+from .verification import HELD_OUT_TEXT, in_full_precision, loss_by_loops, mean_loss, text_windows
 
 #: Makes the plan once the number of layers and the teacher's calibration are known.
 Planner = Callable[[int, Calibration | None], LayerPlan]
@@ -78,6 +77,8 @@ def compress_checkpoint(
     step = Steps(report)
     check_output(output, overwrite=overwrite)
     check_device(device)
+    if calibration_tokens < 1:
+        raise ValueError(f"calibration_tokens={calibration_tokens} must be at least 1.")
     content = text.read_text(encoding="utf-8")
     seen_text = None if calibration_text is None else calibration_text.read_text(encoding="utf-8")
     if seen_text == content:
@@ -121,7 +122,8 @@ def compress_checkpoint(
     for line in error_table(errors):
         report(f"   {line}")
     step(f"measuring the loss on {text.name}")
-    teacher_loss, losses = held_out_losses(source, model, held_out, plan.num_loops)
+    teacher_loss = mean_loss(in_full_precision(source), held_out)
+    losses = loss_by_loops(in_full_precision(model), held_out, sorted({1, plan.num_loops}))
     report(f"   teacher {teacher_loss:.3f}, {parameters(source)}")
     for loops, loss in losses.items():
         report(f"   {loops} loops {loss:.3f}, {parameters(model)}")
@@ -158,17 +160,6 @@ def compress_checkpoint(
     write_result(output, model, tokenizer, manifest)
     step("done: the model is only a start, and reads badly until it is trained")
     return CompressedCheckpoint(model, tokenizer, manifest)
-
-
-@torch.no_grad()
-def held_out_losses(
-    teacher: PreTrainedModel, model: LoopedForCausalLM, windows: Sequence[Tensor], loops: int
-) -> tuple[float, dict[int, float]]:
-    """Loss in nats per token of the teacher, and of the model by loop count."""
-    exact_teacher, exact = in_full_precision(teacher), in_full_precision(model)
-    total = sum(total_loss(exact_teacher(window.to(teacher.device)).logits, window) for window in windows)
-    predicted = sum(window.numel() - 1 for window in windows)
-    return total / predicted, loss_by_loops(exact, windows, sorted({1, loops}))
 
 
 def error_table(errors: Sequence[InitialError]) -> list[str]:

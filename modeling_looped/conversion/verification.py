@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -110,15 +110,16 @@ def refuse_difference(comparison: Comparison, tolerance: float) -> None:
     )
 
 
-@torch.no_grad()
 def loss_by_loops(model: PreTrainedModel, windows: Sequence[Tensor], loops: Iterable[int]) -> dict[int, float]:
     """Loss in nats per predicted token over `windows` [1, S], at each loop count."""
-    predicted = sum(window.numel() - 1 for window in windows)
-    losses = {}
-    for num_loops in loops:
-        logits = (model(window.to(model.device), num_loops=num_loops, use_cache=False).logits for window in windows)
-        losses[num_loops] = sum(map(total_loss, logits, windows)) / predicted
-    return losses
+    return {num_loops: mean_loss(model, windows, num_loops=num_loops) for num_loops in loops}
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, windows: Sequence[Tensor], **inputs: Any) -> float:
+    """Loss in nats per predicted token over `windows` [1, S], of any causal model; `inputs` go to its forward."""
+    logits = (model(window.to(model.device), use_cache=False, **inputs).logits for window in windows)
+    return sum(map(total_loss, logits, windows)) / sum(window.numel() - 1 for window in windows)
 
 
 def total_loss(logits: Tensor, window: Tensor) -> float:
@@ -146,6 +147,7 @@ __all__ = [
     "compare_at_one_loop",
     "in_full_precision",
     "loss_by_loops",
+    "mean_loss",
     "refuse_difference",
     "text_windows",
 ]
