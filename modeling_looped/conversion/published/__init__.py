@@ -12,6 +12,7 @@ from .albert import Albert
 from .family import PublishedFamily
 from .hrm import HrmText
 from .huginn import Huginn
+from .in_place import LoopedInPlace
 from .mor import MixtureOfRecursions
 from .nanbeige import Nanbeige
 from .ouro import Ouro
@@ -30,6 +31,7 @@ PUBLISHED: dict[str, PublishedFamily] = {
         Ouro(),
         Nanbeige(),
         MixtureOfRecursions(),
+        LoopedInPlace(),
         Recursive(),
         HrmText(),
         Albert(),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any, final
 
 from transformers import AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from modeling_looped.configuration_looped import LoopedConfig
 from modeling_looped.conversion.tensor_map import TensorMap
@@ -25,14 +27,9 @@ class Stacked(PublishedFamily):
         return config.get("model_type") in FAMILIES
 
     def fields(self, config: SourceConfig, shapes: Shapes) -> dict[str, Any]:
-        if not self.recognises(config.values, ()):
-            config.refuse("model_type", f"supported: {', '.join(FAMILIES)}")
-            return {}
-        config.ignore(*config.values)  # the table of stock families refuses what it does not know
-        stock = AutoConfig.for_model(**config.values)
         return {
-            **FAMILIES[stock.model_type].looped_fields(stock),
-            "num_prelude_layers": stock.num_hidden_layers,
+            **stock_fields(config),
+            "num_prelude_layers": config.take("num_hidden_layers"),
             "num_core_layers": 0,
             "num_coda_layers": 0,
             "num_loops": 1,
@@ -47,4 +44,34 @@ class Stacked(PublishedFamily):
         return TensorMap(links, rotary_tables(looped, published))
 
 
-__all__ = ["Stacked"]
+def stock_fields(
+    config: SourceConfig, loops: Collection[str] = (), architectures: Collection[str] | None = None
+) -> dict[str, Any]:
+    """The fields of `LoopedConfig` that a stock config says. Those that its class does not have are left to `finish`:
+    Transformers would keep them as attributes that nothing reads.
+
+    Args:
+        config: of the checkpoint.
+        loops: fields beyond the stock config's, read by the caller.
+        architectures: names of classes that the checkpoint may have been saved from; `None`: the stock one.
+    """
+    model_type = config.values.get("model_type")
+    if model_type not in FAMILIES:
+        config.refuse("model_type", f"supported: {', '.join(FAMILIES)}")
+        return {}
+    known = {name.lower() for name in architectures or ()} | {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type].lower()}
+    unknown = [name for name in config.values.get("architectures") or () if name.lower() not in known]
+    if unknown:
+        config.refuse("architectures", f"known to compute what {model_type} does: {', '.join(sorted(known))}")
+        return {}
+    stock = AutoConfig.for_model(**{name: value for name, value in config.values.items() if name not in loops})
+    declared = {field.name for field in dataclasses.fields(stock)} - {"is_encoder_decoder"}
+    config.ignore(*declared, "rope_scaling", "rope_theta")
+    try:
+        return FAMILIES[model_type].looped_fields(stock)
+    except ValueError as error:
+        config.problem(str(error).removesuffix("."))
+        return {}
+
+
+__all__ = ["Stacked", "stock_fields"]
