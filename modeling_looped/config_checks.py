@@ -280,13 +280,11 @@ def check_routing(config: LoopedConfig) -> None:
     """A router decides who takes part in a loop; what else would decide about the state has no say beside it."""
     if config.num_core_layers == 0 or not issubclass(HALTINGS[config.halting["type"]], Router):
         return
-    for field, allowed in (("loop_update", "replace"), ("kv_sharing", "none")):
-        value = getattr(config, field)
-        if (value if isinstance(value, str) else value["type"]) != allowed:
-            raise ValueError(
-                f"{field}={value!r} with halting={config.halting['type']!r}: the router makes the next state itself; "
-                f"use {allowed!r}."
-            )
+    if config.loop_update["type"] != "replace":
+        raise ValueError(
+            f"loop_update={config.loop_update!r} with halting={config.halting['type']!r}: the router makes the next "
+            "state itself; use 'replace'."
+        )
 
 
 def check_backprop(config: LoopedConfig) -> None:

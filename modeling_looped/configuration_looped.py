@@ -217,7 +217,7 @@ class LoopedConfig(PreTrainedConfig):
         state_init (`dict` or `str`, defaults to `"zeros"`): the state before the first loop: `input` (the prelude),
             `zeros`, `normal` or `unit_normal` [state.py].
         loop_update (`dict` or `str`, defaults to `"replace"`): how a loop's result becomes the state: `replace`,
-            `damped`, `learned_scale` or `gated` [loop_update.py].
+            `recursion_encoding`, `damped`, `learned_scale` or `gated` [loop_update.py].
         loop_conditioning (`dict` or `str`, defaults to `"none"`): how layers know the loop: `none`, `embedding`,
             `sinusoidal` or `norms` [conditioning.py].
         loop_adapter (`dict` or `str`, defaults to `"none"`): low-rank weights per loop: `none` or `lora`

@@ -53,6 +53,7 @@ class LoraLoopAdapter(LoopAdapter):
         targets: projections that get an adapter.
         table_loops: loops with an adapter of their own (`None`: the config's `num_loops`).
         biases: of projections that have a bias, `shared` by all loops, or `per_loop`, which costs next to nothing.
+        ranks: of each of the targets, where they are not all `rank`; the scale of all stays alpha / rank.
         """
 
         rank: int = 8
@@ -60,6 +61,7 @@ class LoraLoopAdapter(LoopAdapter):
         targets: tuple[str, ...] = TARGETS
         table_loops: int | None = None
         biases: str = "shared"
+        ranks: tuple[int, ...] | None = None
 
         def __post_init__(self):
             if self.biases not in ("shared", "per_loop"):
@@ -71,15 +73,22 @@ class LoraLoopAdapter(LoopAdapter):
             unknown = sorted(set(self.targets) - set(TARGETS))
             if unknown or not self.targets or isinstance(self.targets, str):
                 raise ValueError(f"targets={self.targets!r} must be a list of some of: {', '.join(TARGETS)}.")
+            if self.ranks is not None and (len(self.ranks) != len(self.targets) or min(self.ranks) < 1):
+                raise ValueError(
+                    f"ranks={list(self.ranks)} must be None (the rank for all) or ranks of at least 1, one for "
+                    f"each of the {len(self.targets)} targets."
+                )
             check_table_loops(self.table_loops)
 
     def for_projection(self, name: str, in_features: int, out_features: int, has_bias: bool) -> LoopLoRA | None:
         if name not in self.params.targets:
             return None
+        targets = self.params.targets
+        ranks = dict(zip(targets, self.params.ranks or (self.params.rank,) * len(targets), strict=True))
         return LoopLoRA(
             in_features,
             out_features,
-            rank=self.params.rank,
+            rank=ranks[name],
             scale=(self.params.rank if self.params.alpha is None else self.params.alpha) / self.params.rank,
             table_loops=self.params.table_loops,
             bias=has_bias and self.params.biases == "per_loop",

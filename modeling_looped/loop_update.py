@@ -24,8 +24,11 @@ class LoopUpdate(Strategy):
     """Abstract loop update."""
 
     @abstractmethod
-    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int) -> Tensor:
-        """Next state from the previous `state` and the core's `output`; all [B, S, D]."""
+    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int, group: int = 0) -> Tensor:
+        """Next state from the previous `state` and the core's `output`; all [B, S, D].
+
+        `group`: which of the groups of core layers that loop one after the other has run (`core_group_size`).
+        """
 
     @abstractmethod
     def is_replace(self, num_loops: int) -> bool:
@@ -37,11 +40,45 @@ class LoopUpdate(Strategy):
 class ReplaceUpdate(LoopUpdate):
     """s <- y."""
 
-    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int) -> Tensor:
+    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int, group: int = 0) -> Tensor:
         return output
 
     def is_replace(self, num_loops: int) -> bool:
         return True
+
+
+@LOOP_UPDATES.register("recursion_encoding")
+@final
+class RecursionEncodingUpdate(LoopUpdate):
+    """s <- c_t * y with a learned vector c_t per loop, which starts at one; where groups of core layers loop one after
+    the other, each group has its own.
+
+    The recursion encoding of Mixture-of-Recursions' code (arXiv 2507.10524, `relaxation/recursion_encoding`).
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Params:
+        """Attributes:
+        table_loops: loops with a vector of their own (`None`: the config's `num_loops`).
+        """
+
+        table_loops: int | None = None
+
+        def __post_init__(self):
+            check_table_loops(self.table_loops)
+
+    def __init__(self, params, context):
+        super().__init__(params, context)
+        self.encoding = nn.Parameter(torch.empty(params.table_loops, context.core_groups, context.hidden_size))
+
+    def init_weights(self) -> None:
+        init.ones_(self.encoding)
+
+    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int, group: int = 0) -> Tensor:
+        return output * self.encoding[table_row(loop_idx, self.params.table_loops), group].to(output.dtype)
+
+    def is_replace(self, num_loops: int) -> bool:
+        return False
 
 
 @LOOP_UPDATES.register("damped")
@@ -65,7 +102,7 @@ class DampedUpdate(LoopUpdate):
             if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
                 raise ValueError(f"steps={self.steps!r} must be None (the loop count) or an integer of at least 1.")
 
-    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int) -> Tensor:
+    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int, group: int = 0) -> Tensor:
         return torch.lerp(state, output, 1.0 / (self.params.steps or num_loops))
 
     def is_replace(self, num_loops: int) -> bool:
@@ -99,7 +136,7 @@ class LearnedScaleUpdate(LoopUpdate):
     def init_weights(self) -> None:
         init.constant_(self.scale, self.params.initial_scale)
 
-    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int) -> Tensor:
+    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int, group: int = 0) -> Tensor:
         return torch.lerp(state, output, self.scale[table_row(loop_idx, self.params.table_loops)].to(output.dtype))
 
     def is_replace(self, num_loops: int) -> bool:
@@ -139,7 +176,7 @@ class GatedUpdate(LoopUpdate):
     def init_weights(self) -> None:
         init.constant_(self.gate, math.log(self.params.initial_gate / (1.0 - self.params.initial_gate)))
 
-    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int) -> Tensor:
+    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int, group: int = 0) -> Tensor:
         gate = torch.sigmoid(self.gate.float())
         if loop_idx < self.params.free_loops:
             # A gate that a short run never opens still gets a (zero) gradient, as DDP and the Trainer expect.

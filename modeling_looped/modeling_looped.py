@@ -165,6 +165,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             outer_size=config.hidden_size,
             vocab_size=config.vocab_size,
             layer_shapes=tuple(map(config.layer_shape, range(config.num_stored_layers))),
+            core_groups=config.num_core_layers // (config.core_group_size or config.num_core_layers or 1),
         )
         conditioning = LOOP_CONDITIONINGS.build(config.loop_conditioning, context)
         adapter = LOOP_ADAPTERS.build(config.loop_adapter, context)
@@ -378,11 +379,12 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         that loops share.
         """
         core_input = self.loop_conditioning(inject(entering, turn.loop), turn.loop, positions)
-        active = {} if route is None else {"active": route.active}
+        # shared keys and values are every token's, so that nothing is to be hidden
+        active = {} if route is None or self.config.kv_sharing != "none" else {"active": route.active}
         output, key_values = run(core_input, turn.layers, turn.loop, key_values, **active)
         # The core may end on another device than it started on.
         previous, core_input = previous.to(output.device), core_input.to(output.device)
-        state = self.loop_update(previous, output, turn.loop, layout.loops)
+        state = self.loop_update(previous, output, turn.loop, layout.loops, layout.group_of(turn.layers[0]))
         if self.config.final_norm == "every_loop":
             state = self.norm(state).to(output.device)
         if route is None:

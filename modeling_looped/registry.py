@@ -44,6 +44,7 @@ class BuildContext:
     Attributes:
         hidden_size: width D of the state.
         num_core_layers: layers R inside one loop.
+        core_groups: groups of core layers that loop one after the other.
         initializer_range: standard deviation of the model's normal initialisation.
         rms_norm_eps: epsilon of the model's norms.
         outer_size: width of prelude and coda; `None`: that of the state.
@@ -58,6 +59,7 @@ class BuildContext:
     outer_size: int | None = None
     vocab_size: int = 0
     layer_shapes: tuple[LayerShape, ...] = ()
+    core_groups: int = 1
 
     @property
     def prelude_size(self) -> int:

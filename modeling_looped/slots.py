@@ -110,6 +110,10 @@ class SlotLayout:
             return self.loops * self.inner_loops
         return self.loops
 
+    def group_of(self, layer: int) -> int:
+        """Which of the core's groups, from 0, stored layer `layer` of the core belongs to."""
+        return (layer - self.prelude) // self._group
+
     def slot(self, layer: int, loop: int = 0) -> int:
         """Slot of stored layer `layer` in loop `loop` (0 for prelude and coda).
 

@@ -31,7 +31,7 @@ from .state_map import New, StateMap, convert
 WHAT_ELSE_A_LOOP_DOES = {
     "injection": "brings the prelude into every loop",
     "state_init": "the first loop does not start from the prelude's output",
-    "loop_update": "mixes a loop's result with the state before it",
+    "loop_update": "changes a loop's result, or mixes it with the state before it",
     "loop_conditioning": "adds a signal to the state in every loop",
     "halting": "reads tokens from loops before the last",
     "readout": "maps the state between core and coda",

@@ -126,7 +126,7 @@ def reference_trace(
             for t in range(T):
                 inputs.append(condition(w, config, t, positions, inject(w, config, t, s, e)))
                 y = layers(inputs[-1], range(first, first + G), t)
-                s = update(w, config, t, T, s, y)
+                s = update(w, config, t, T, s, y, (first - P) // G)
                 if config.final_norm == "every_loop":
                     s = final_norm(s)
                 if backprop_loops is not None and t < T - backprop_loops:
@@ -241,11 +241,13 @@ def time_signal(time: float, channels: int) -> Tensor:
     return signal
 
 
-def update(w: dict[str, Tensor], config: LoopedConfig, t: int, T: int, s: Tensor, y: Tensor) -> Tensor:
-    """The next state from the state s and the core's output y."""
+def update(w: dict[str, Tensor], config: LoopedConfig, t: int, T: int, s: Tensor, y: Tensor, group: int) -> Tensor:
+    """The next state from the state s and the output y of a group of the core."""
     spec = config.loop_update
     if spec["type"] == "replace":
         return y
+    if spec["type"] == "recursion_encoding":
+        return last_row(w["loop_update.encoding"], t)[group] * y
     if spec["type"] == "damped":
         K = T if spec["steps"] is None else spec["steps"]
         return (1 - 1 / K) * s + (1 / K) * y

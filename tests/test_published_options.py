@@ -22,13 +22,16 @@ def test_an_option_computes_what_the_original_does_and_goes_back_bit_for_bit(nam
     model = LoopedForCausalLM.from_pretrained(tmp_path / "looped").eval()
     whole_sequence = getattr(model.model, "halting", None) is not None and model.model.halting.reads_whole_sequence
     with torch.no_grad():
-        logits = model(recorded["input_ids"]).logits
+        output = model(recorded["input_ids"])
+        logits = output.logits
         if not whole_sequence:
             assert_close(
                 stepwise_logits(model, recorded["input_ids"], DynamicCache(config=model.config), (5,)), logits
             )
-    difference = (logits - recorded["logits"]).abs().max().item()
-    assert difference <= min(3 * said["run"]["noise_floor"], 1e-4), difference
+    if said["family"] == "mor":  # the recording is of a router that chooses
+        assert len(output.exit_loops.unique()) > 1
+    # three times what fp32 makes of the original itself, but no less than two different orders of summation make
+    assert_close(logits, recorded["logits"], atol=min(max(3 * said["run"]["noise_floor"], 2e-5), 1e-4))
 
     export_checkpoint(tmp_path / "looped", tmp_path / "back")
     published, back = (load_file(tmp_path / place / "model.safetensors") for place in ("published", "back"))
@@ -76,6 +79,20 @@ def test_where_a_checkpoint_names_its_parts_only_the_loop_count_is_asked_for(tmp
 def test_a_loop_in_place_that_does_not_fit_is_refused(settings, message, tmp_path):
     given = {**option("looped_in_place_olmo2")["settings"], **settings}
     assert message in refusal("looped_in_place_olmo2", tmp_path, settings=given)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"update_cache": True}, "update_cache, keys that some tokens renew in every loop, is not supported"),
+        ({"sharing": "cycle"}, "supported: that of the weights, Sharing(kind='middle_cycle', loops=3)"),
+        ({"num_recursion": 2}, "supported: that of the weights"),
+    ],
+)
+def test_keys_and_values_shared_otherwise_than_the_weights_are_refused(changes, message, tmp_path):
+    said = option("mor_expert_plain_kv")
+    changes = {"kv_sharing": {**said["peer_config"]["kv_sharing"], **changes}}
+    assert message in refusal("mor_expert_plain_kv", tmp_path, changes=changes, settings=said["settings"])
 
 
 def test_a_stacked_config_may_say_nothing_that_its_class_would_not_read(tmp_path):

@@ -16,8 +16,11 @@ GRADIENT_TOLERANCE = 2e-5
 #: Fewer than the tables hold (the tiny models are built with three loops), and more.
 LOOP_COUNTS = (1, 5)
 
+IN_PLACE = {"injection": "none", "state_init": "input", "prelude_norm": False}
 #: What the shared variants leave out.
 MORE_VARIANTS = {
+    "recursion_encoding": {"loop_update": "recursion_encoding", **IN_PLACE},
+    "recursion_encoding_of_groups": {"loop_update": "recursion_encoding", "core_group_size": 1, **IN_PLACE},
     "concat_input": {"injection": "linear", "state_init": "input", "prelude_norm": False},
     "zoh": {"injection": {"type": "diagonal", "input_matrix": "zoh"}, "readout": "linear"},
     "sandwich_sum": {"norm_placement": "sandwich_sum", "final_norm": "end"},

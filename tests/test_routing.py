@@ -3,10 +3,12 @@
 import pytest
 import torch
 from accelerate import cpu_offload
-from helpers import assert_close, random_tokens, tiny_config, tiny_model
+from helpers import assert_close, random_tokens, stepwise_logits, tiny_config, tiny_model
 from huggingface_hub.errors import StrictDataclassError
+from transformers import DynamicCache
 
 from modeling_looped import LoopedForCausalLM
+from modeling_looped.halting import Step
 
 #: A config's own checks reach the user through `@strict`.
 REFUSED = (ValueError, StrictDataclassError)
@@ -15,6 +17,8 @@ ROUTERS = {
     "top_k": {"type": "expert_choice", "capacity": [1.0, 0.6, 0.4]},
     "threshold": {"type": "expert_choice", "selection": "threshold"},
     "token": {"type": "token_choice", "alpha": 0.7},
+    "mlp": {"type": "expert_choice", "selection": "threshold", "score": "tanh", "router_width": 9, "alpha": 0.4},
+    "added": {"type": "token_choice", "gating": "additive", "router_width": 9, "temperature": 0.25},
     "balanced": {"type": "token_choice", "score": "sigmoid", "balancing_bias": "loss_free"},
 }
 CAUSAL = [name for name in ROUTERS if name != "top_k"]
@@ -45,26 +49,35 @@ def by_hand(model: LoopedForCausalLM, tokens: torch.Tensor, num_loops: int) -> t
     prelude, core, coda = model.config.slot_layout().stored_ranges()
     everyone = torch.arange(len(tokens))
     x = run_layers(model, base.embed_tokens(tokens), prelude, everyone)
-    W = base.halting.router.weight
+    W, V = base.halting.router.weight, base.halting.router.first_weight
+
+    def read(x: torch.Tensor, t: int | None) -> torch.Tensor:
+        x = x / spec["temperature"]
+        rows = W if t is None else W[min(t, len(W) - 1)]
+        if V is not None:
+            x = torch.nn.functional.gelu(x @ (V[0] if t is None else V[min(t, len(V) - 1)]).T)
+        return x @ rows.mT if t is None else x @ rows
+
     taken = [0] * len(tokens)
     if spec["type"] == "expert_choice":
         alive = everyone
         for t in range(num_loops):
-            gate = torch.sigmoid(x[alive] @ W[min(t, len(W) - 1)])
+            squash = torch.tanh if spec["score"] == "tanh" else torch.sigmoid
+            gate = squash(read(x[alive], t))
             if spec["selection"] == "threshold":
-                chosen = alive[gate >= 0.5]
+                chosen = alive[torch.sigmoid(read(x[alive], t)) >= 0.5]
             else:
                 share = spec["capacity"][min(t, len(spec["capacity"]) - 1)]
                 chosen = alive[gate.topk(min(len(alive), max(1, int(share * len(tokens))))).indices.sort().values]
             if len(chosen):
-                weight = spec["alpha"] * torch.sigmoid(x[chosen] @ W[min(t, len(W) - 1)])
+                weight = spec["alpha"] * squash(read(x[chosen], t))
                 x = x.clone()
                 x[chosen] = x[chosen] + weight[:, None] * run_layers(model, x[chosen], core, chosen)
             for token in chosen.tolist():
                 taken[token] += 1
             alive = chosen
     else:
-        scores = x @ W.T
+        scores = read(x, None)
         scores = scores.softmax(-1) if spec["score"] == "softmax" else scores.sigmoid()
         scores = spec["alpha"] * scores
         bias = base.halting.balancing_bias
@@ -78,7 +91,8 @@ def by_hand(model: LoopedForCausalLM, tokens: torch.Tensor, num_loops: int) -> t
             for token in active.tolist():
                 taken[token] += 1
                 if depth[token] == t or t == num_loops - 1:
-                    output[token] = x[token] + scores[token, depth[token]] * state[token]
+                    weight = 1.0 if spec["gating"] == "additive" else scores[token, depth[token]]
+                    output[token] = x[token] + weight * state[token]
         x = output
     return model.to_logits(base.norm(run_layers(model, x, coda, everyone))), taken
 
@@ -165,6 +179,48 @@ def test_what_cannot_route_is_refused():
         routed("token").generate_batch([[1, 2, 3]])
     with pytest.raises(REFUSED, match=r"loop_update=.* with halting='token_choice'"):
         tiny_config(halting="token_choice", loop_update="damped", **IN_PLACE)
-    for bad in ({"capacity": [0.0]}, {"alpha": float("inf")}, {"selection": "best"}):
+    worse = ({"score": "softmax"}, {"gating": "none"}, {"router_width": 0}, {"temperature": 0.0})
+    for bad in ({"capacity": [0.0]}, {"alpha": float("inf")}, {"selection": "best"}, *worse):
         with pytest.raises(REFUSED, match=next(iter(bad))):
             tiny_config(halting={"type": "expert_choice", **bad}, **IN_PLACE)
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@torch.no_grad()
+def test_shared_keys_and_values_are_those_of_every_token_in_the_first_loop(name):
+    model, tokens = routed(name, kv_sharing="first_loop"), random_tokens(2, 9)
+    output = model(tokens, use_cache=False)
+    assert len(output.exit_loops.unique()) > 1
+    # the same layers for all tokens with the first loop's keys, and the router's choice of what is kept of it
+    full = tiny_model(std=1.0, kv_sharing="first_loop", **IN_PLACE)
+    full.load_state_dict(model.state_dict(), strict=False)
+    base, states = full.model, []
+    prelude, core, coda = model.config.slot_layout().stored_ranges()
+    positions = torch.arange(9)[None]
+    cos, sin = base.rotary_emb(base.embed_tokens(tokens), positions)
+    options = {"attention_mask": torch.full((9, 9), -torch.inf).triu(1)[None, None]}
+    options["position_embeddings"] = (cos.unsqueeze(1), sin.unsqueeze(1))
+    x = base.embed_tokens(tokens)
+    for layer in prelude:
+        x = base.layers[layer](x, 0, 0, **options)
+    rule, held = model.model.halting, {}
+    readings, valid = rule.start(x), torch.ones_like(tokens, dtype=torch.bool)
+    for loop in range(3):
+        route, y = rule.route(readings, x, loop, valid), x
+        for layer in core:
+            y, held[layer] = base.layers[layer](y, 0, loop, *([held[layer]] if loop else []), **options)
+        states.append(rule.merge(route, x, y))
+        readings = rule(readings, Step(x, x, states[-1], route.active), loop, loop == 2)
+        x = states[-1]
+    x = readings.output
+    for layer in coda:
+        x = base.layers[layer](x, 0, 0, **options)
+    assert_close(output.logits, model.to_logits(base.norm(x)))
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+@torch.no_grad()
+def test_a_causal_router_with_shared_keys_and_values_gives_the_same_from_a_cache(name):
+    model, tokens = routed(name, kv_sharing="first_loop"), random_tokens(2, 9)
+    stepwise = stepwise_logits(model, tokens, DynamicCache(config=model.config), (4,))
+    assert_close(stepwise, model(tokens, use_cache=False).logits)

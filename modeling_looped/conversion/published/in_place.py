@@ -56,7 +56,8 @@ class LoopedInPlace(PublishedFamily):
         self, config: Mapping[str, Any], looped: LoopedConfig, ours: Collection[str], published: Collection[str]
     ) -> TensorMap:
         """The donor's names, and those of the parts; layers that neither part takes are never run."""
-        start, size = placed(config, published)
+        start = placed(config, published)[0] or 0
+        size = looped.num_core_layers
         prelude, coda = looped.num_prelude_layers, looped.num_coda_layers
         donors = [*range(prelude), *range(start, start + size), *range(start + size, start + size + coda)]
         aliases = layer_prefixes(looped, *(f"model.{part}" for part in PARTS))
