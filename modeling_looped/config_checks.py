@@ -71,12 +71,6 @@ def check_attention(config: LoopedConfig) -> None:
             f"num_attention_heads={config.num_attention_heads} must be a multiple of "
             f"num_key_value_heads={config.num_key_value_heads}."
         )
-    if config.qkv_clip is not None and (config.attention_bias or config.attention_value_bias):
-        raise ValueError(
-            f"qkv_clip={config.qkv_clip} with attention_bias={config.attention_bias}, attention_value_bias="
-            f"{config.attention_value_bias}: published models clip before they add the bias, "
-            "ours would after it; use one of the two."
-        )
     if config.head_dim < 2 or config.head_dim % 2:
         raise ValueError(
             f"head_dim={config.head_dim} must be an even number of at least 2 (rotary embeddings turn pairs of "

@@ -178,7 +178,7 @@ class LoopedConfig(PreTrainedConfig):
         attention_value_bias (`bool`, *optional*: as `attention_bias`): bias of v alone (Huginn has one on q and k).
         attention_gate (`str`, defaults to `"none"`): `per_channel` multiplies the attention's output by
             sigmoid(gate x), before the output projection.
-        qkv_clip (`float`, *optional*): largest absolute value of queries, keys and values.
+        qkv_clip (`float`, *optional*): largest absolute value of queries, keys and values, their biases included.
         attention_dropout (`float`, defaults to 0): dropout on attention weights, in training.
         qk_norm (`str`, defaults to `"none"`): RMS norm of queries and keys before RoPE: `per_head` (Qwen3),
             `per_head_unweighted` (Parcae; without a weight it is the same behind RoPE, which turns a head and keeps

@@ -80,10 +80,12 @@ class ConcatInjection(Injection):
             ([I, 0]: passes the state on) or `prelude` ([0, I]: passes the prelude on).
         first_loop: `inject`, as in every other loop; or `skip`: the first loop runs on e itself, and the state before
             it is not read (the `skip-adapter` start of retrofitted recurrence, arXiv 2511.07384).
+        bias: whether a vector, which starts at zero, is added.
         """
 
         start: str = "normal"
         first_loop: str = "inject"
+        bias: bool = False
 
         def __post_init__(self):
             if self.first_loop not in ("inject", "skip"):
@@ -94,8 +96,11 @@ class ConcatInjection(Injection):
     def __init__(self, params, context):
         super().__init__(params, context)
         self.weight = nn.Parameter(torch.empty(context.hidden_size, context.hidden_size + context.prelude_size))
+        self.bias = nn.Parameter(torch.empty(context.hidden_size)) if params.bias else None
 
     def init_weights(self) -> None:
+        if self.bias is not None:
+            init.zeros_(self.bias)
         if self.params.start == "normal":
             init.normal_(self.weight, mean=0.0, std=self.context.initializer_range)
         else:
@@ -107,7 +112,7 @@ class ConcatInjection(Injection):
 
     def forward(self, prelude: Tensor) -> Inject:
         for_state, for_prelude = self.weight.split((self.context.hidden_size, self.context.prelude_size), dim=1)
-        injected = F.linear(prelude, for_prelude)
+        injected = F.linear(prelude, for_prelude, self.bias)
         skips = self.params.first_loop == "skip"
 
         def inject(state: Tensor, loop_idx: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import abstractmethod
 from typing import final
 
@@ -37,12 +38,23 @@ class NoReadout(Readout):
 class LinearReadout(Readout):
     """C s with a [D, D] matrix ([D_coda, D_state] where the widths differ) that starts as the identity."""
 
+    @dataclasses.dataclass(frozen=True)
+    class Params:
+        """Attributes:
+        bias: whether a vector, which starts at zero, is added.
+        """
+
+        bias: bool = False
+
     def __init__(self, params, context):
         super().__init__(params, context)
         self.weight = nn.Parameter(torch.empty(context.prelude_size, context.hidden_size))
+        self.bias = nn.Parameter(torch.empty(context.prelude_size)) if params.bias else None
 
     def init_weights(self) -> None:
         init.copy_(self.weight, torch.eye(*self.weight.shape))
+        if self.bias is not None:
+            init.zeros_(self.bias)
 
     def forward(self, state: Tensor) -> Tensor:
-        return F.linear(state, self.weight)
+        return F.linear(state, self.weight, self.bias)

@@ -28,7 +28,8 @@ MODERATE_LOOPS = st.integers(1, 4)
 
 #: Parameters of a type that make another function of it than its defaults do.
 PARAMETERS: dict[str, list[dict[str, Any]]] = {
-    "concat": [{}, {"first_loop": "skip"}],
+    "concat": [{}, {"first_loop": "skip"}, {"bias": True}],
+    "linear": [{}, {"bias": True}],
     "diagonal": [{}, {"input_matrix": "zoh"}],
     "normal": [{}, {"std": 0.5, "truncation": None}],
     "damped": [{}, {"steps": 2}],
@@ -74,7 +75,7 @@ def shapes(draw: st.DrawFn) -> dict[str, Any]:
         "attention_value_bias": value_bias,
         "attention_output_bias": draw(st.booleans()),
         "attention_gate": draw(st.sampled_from(["none", "per_channel"])),
-        "qkv_clip": None if attention_bias or value_bias else draw(st.sampled_from([None, 0.3])),
+        "qkv_clip": draw(st.sampled_from([None, 0.3])),
         "mlp_bias": draw(st.booleans()),
         "position_embedding": draw(st.sampled_from(POSITION_EMBEDDINGS)),
         "embedding_size": embedding_size,

@@ -136,7 +136,7 @@ def reference_trace(
                 states.append(s)
         x, exit_loops, exit_probabilities = halt(w, config, states, inputs, training)
         if config.readout["type"] == "linear":
-            x = x @ w["readout.weight"].T
+            x = x @ w["readout.weight"].T + w.get("readout.bias", 0.0)
         if config.final_norm == "after_loops":
             x = final_norm(x)
     x = layers(x, range(P + R, P + R + C))
@@ -210,7 +210,7 @@ def inject(w: dict[str, Tensor], config: LoopedConfig, t: int, s: Tensor, e: Ten
     if spec["type"] == "concat":
         if spec["first_loop"] == "skip" and t == 0:
             return e
-        return torch.cat((s, e), dim=-1) @ w["injection.weight"].T
+        return torch.cat((s, e), dim=-1) @ w["injection.weight"].T + w.get("injection.bias", 0.0)
     A = -torch.exp(w["injection.A_log"])
     step = torch.log(1 + torch.exp(w["injection.dt_bias"]))
     decay = torch.exp(step * A)

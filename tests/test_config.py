@@ -90,7 +90,6 @@ REFUSED = {
         {"attention_value_bias": 1},
         ["attention_value_bias=1", "True, False, or None to follow attention_bias"],
     ),
-    "clip_and_bias": ({"qkv_clip": 2.0, "attention_bias": True}, ["qkv_clip=2.0", "attention_bias=True", "one of"]),
     "core_heads": (
         {"core_num_attention_heads": 6, "core_num_key_value_heads": 4},
         ["core_num_attention_heads=6", "multiple of core_num_key_value_heads=4"],
@@ -143,7 +142,7 @@ REFUSED_TOGETHER = [
     *("no_key_value_heads", "odd_groups", "odd_head_dim", "head_dim_text", "num_attention_heads"),
     *("rope_type", "rope_per_type", "prelude_never_enters", "truncation", "adapter_target"),
     *("adapter_without_core", "readout_without_core", "halting_without_core"),
-    *("value_bias", "clip_and_bias", "core_heads", "groups_and_injection", "groups_and_halting", "groups_and_norm"),
+    *("value_bias", "core_heads", "groups_and_injection", "groups_and_halting", "groups_and_norm"),
     *(f"core_width_and_{name}" for name in ("injection", "state", "skip", "readout", "norm")),
     *("narrow_embeddings_tied", "narrow_embeddings_linear_head", "value_layer", "value_gate"),
 ]

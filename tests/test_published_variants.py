@@ -320,6 +320,10 @@ def test_a_tied_head_may_be_stored_under_both_names(tmp_path):
         ({"state_init": "normal"}, {"state_init": {"type": "normal", "std": 1.0, "seed": 0, "truncation": None}}),
         ({"state_init": "embed"}, {"state_init": {"type": "normal", "std": 0.125, "seed": 0, "truncation": None}}),
         ({"prelude_norm": False}, {"prelude_norm": False}),
+        ({"simple_ops": True, "norm_class_name": "LayerNorm"}, {"norm_type": "rms"}),
+        ({"nonlin_name": "Tanh"}, {"hidden_act": "tanh"}),
+        ({"use_fused_head": "full-triton", "tie_embeddings": False}, {"tie_word_embeddings": False}),
+        ({"use_fused_head": "full-triton", "tie_embeddings": True}, {"tie_word_embeddings": True}),
         ({"clip_qkv": 8.0}, {"qkv_clip": 8.0}),
         ({"logit_softcap": 15.0, "logit_scale": 0.5}, {"final_logit_softcapping": 15.0, "logit_scale": 0.5}),
         ({"mlp_class_name": "GatedMLP", "nonlin_name": "GELU"}, {"mlp_type": "gated", "hidden_act": "gelu"}),
@@ -376,7 +380,13 @@ def test_released_parcae_sizes_all_have_value_embeddings_in_the_layers_of_odd_nu
 @pytest.mark.parametrize(
     ("family", "base", "changes", "named"),
     [
-        ("parcae", PARCAE, {"bias": True}, r"bias=True \(supported: False\)"),
+        (
+            "parcae",
+            PARCAE,
+            {"bias": True, "qk_bias": True},
+            r"qk_bias=True \(with bias=True, queries and keys have two",
+        ),
+        ("parcae", PARCAE, {"mup_model_scaling_factor": 2}, r"mup_model_scaling_factor=2 \(supported: 1; their code"),
         (
             "parcae",
             PARCAE,
@@ -384,9 +394,9 @@ def test_released_parcae_sizes_all_have_value_embeddings_in_the_layers_of_odd_nu
             r"injection_type='gated' \(supported: 'diagonal', 'linear', 'add'",
         ),
         ("parcae", PARCAE, {"num_key_value_heads": 2}, r"num_key_value_heads=2 \(their code fails with it"),
-        ("parcae", PARCAE, {"use_fused_head": "full-triton"}, r"use_fused_head='full-triton'"),
+        ("parcae", PARCAE, {"use_fused_head": "hhe"}, r"use_fused_head='hhe'"),
         ("parcae", PARCAE, {"recurrent_embedding_dimension": 100}, r"recurrent_embedding_dimension=100 \(must be"),
-        ("parcae", PARCAE, {"clip_qkv": 1.0, "qk_bias": True}, r"qkv_clip=1\.0 with attention_bias=True"),
+        ("parcae", PARCAE, {"clip_qkv": 1.0, "qk_bias": True}, r"clip_qkv=1\.0 \(with qk_bias=True, which"),
         ("parcae", PARCAE, {"n_embd": None}, r"n_embd is missing"),
         ("huginn", RETROFIT, {"injection_type": "add"}, r"injection_type='add' \(supported: 'linear'\)"),
         ("huginn", RETROFIT, {"initial_state_mode": "warm"}, r"initial_state_mode='warm'"),
@@ -421,8 +431,8 @@ def test_a_field_that_is_said_not_to_matter_is_left_out():
 
 
 def test_all_problems_are_named_at_once():
-    with pytest.raises(ValueError, match=r"bias=True .*injection_type='x' .*surprise=1 "):
-        fields_of("parcae", {**PARCAE, "bias": True, "injection_type": "x", "surprise": 1})
+    with pytest.raises(ValueError, match=r"mup_model_scaling_factor=2 .*injection_type='x' .*surprise=1 "):
+        fields_of("parcae", {**PARCAE, "mup_model_scaling_factor": 2, "injection_type": "x", "surprise": 1})
 
 
 def test_nanbeige_split_with_shared_keys_and_values_and_query_norms(tmp_path):

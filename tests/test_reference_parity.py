@@ -21,6 +21,12 @@ IN_PLACE = {"injection": "none", "state_init": "input", "prelude_norm": False}
 MORE_VARIANTS = {
     "recursion_encoding": {"loop_update": "recursion_encoding", **IN_PLACE},
     "recursion_encoding_of_groups": {"loop_update": "recursion_encoding", "core_group_size": 1, **IN_PLACE},
+    "biases": {
+        "injection": {"type": "concat", "bias": True},
+        "readout": {"type": "linear", "bias": True},
+        "attention_bias": True,
+        "qkv_clip": 0.6,
+    },
     "concat_input": {"injection": "linear", "state_init": "input", "prelude_norm": False},
     "zoh": {"injection": {"type": "diagonal", "input_matrix": "zoh"}, "readout": "linear"},
     "sandwich_sum": {"norm_placement": "sandwich_sum", "final_norm": "end"},

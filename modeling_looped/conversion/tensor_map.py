@@ -64,6 +64,19 @@ class Stack(Step):
 
 @final
 @dataclasses.dataclass(frozen=True)
+class Transpose(Step):
+    """One matrix -> its transpose."""
+
+    def forward(self, tensors: list[Tensor]) -> list[Tensor]:
+        (matrix,) = tensors
+        return [matrix.mT.contiguous()]
+
+    def backward(self, tensors: list[Tensor]) -> list[Tensor]:
+        return self.forward(tensors)
+
+
+@final
+@dataclasses.dataclass(frozen=True)
 class Repeat(Step):
     """One tensor -> `count` equal ones, for what is tied in the published checkpoint and cannot be in our model."""
 
@@ -292,6 +305,7 @@ __all__ = [
     "Stack",
     "Step",
     "TensorMap",
+    "Transpose",
     "Unread",
     "rename",
     "same_bits",

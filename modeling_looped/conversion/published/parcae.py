@@ -8,16 +8,33 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, final
 
 from modeling_looped.configuration_looped import LoopedConfig
-from modeling_looped.conversion.tensor_map import HalfRotary, Link, TensorMap, Unread, rename
+from modeling_looped.conversion.tensor_map import HalfRotary, Link, Split, TensorMap, Transpose, Unread, rename
 
 from .family import PublishedFamily, Shapes, layer_prefixes
 from .huginn import ends, gated_mlp, query_key_biases
 from .rotary_table import interleaved_table
 from .source_config import SourceConfig
 
-ACTIVATIONS = {"ReLU2": "half_relu2", "SiLU": "silu", "GELU": "gelu", "ReLU": "relu"}
+#: Classes of torch.nn, and Parcae's own `ReLU2`, by their name in the config.
+ACTIVATIONS = {
+    "ReLU2": "half_relu2",
+    "SiLU": "silu",
+    "GELU": "gelu",
+    "ReLU": "relu",
+    "ReLU6": "relu6",
+    "LeakyReLU": "leaky_relu",
+    "Hardswish": "hardswish",
+    "Mish": "mish",
+    "Sigmoid": "sigmoid",
+    "Tanh": "tanh",
+    "Identity": "linear",
+}
 NORM_TYPES = {"RMSNorm": "rms", "LayerNorm": "layer"}
 GATE_CHANNELS = 32
+#: Values of `use_fused_head`; `full-triton` stores a head that is not tied transposed.
+FUSED_HEADS = ("pytorch", "cce", "full-triton")
+#: Their projections with a plain bias -> ours.
+BIASED = {"attn.c_v": "self_attn.v_proj", "attn.c_proj": "self_attn.o_proj", "mlp.proj": "mlp.down_proj"}
 
 
 class Scales(NamedTuple):
@@ -71,19 +88,17 @@ class Parcae(PublishedFamily):
             "block_class_name": "TransformerPreNormBlock",
             "model_class_name": "Parcae",
             "_class_name": "ParcaeConfig",
-            "bias": False,
-            "mup_model_scaling_factor": 1,
-            "debias_attention": False,
-            "center_attention": False,
-            "use_abacus": False,
         }.items():
             config.supported(name, value, default=value)
-        config.supported("use_fused_head", "pytorch", "cce", default="pytorch")  # others transpose the head
+        if config.take("mup_model_scaling_factor", 1) != 1:
+            config.refuse("mup_model_scaling_factor", "supported: 1; their code fails with any other")
+        if config.take("use_fused_head", "pytorch") not in FUSED_HEADS:
+            config.refuse("use_fused_head", f"supported: {', '.join(FUSED_HEADS)}; hhe has no logits without labels")
+        # their forward never reads these, or in measurements that are switched on by hand
+        config.ignore("use_abacus", "debias_attention", "center_attention")
         config.ignore("activation_checkpoint_impl", "attn_impl", "curriculum_target", "hf_config", "init_orthogonal")
         config.ignore("lockstep_k", "lockstep_n", "padding_multiple", "recurrent_iteration_method", "sampling_scheme")
-        config.ignore(
-            "simple_ops", "skip_initialization", "strategy", "_is_recurrent_block_config", "mean_backprop_depth"
-        )
+        config.ignore("skip_initialization", "strategy", "_is_recurrent_block_config", "mean_backprop_depth")
         config.ignore("_recurrent_block_config", "init")
 
         width, heads = config.take("n_embd"), config.take("num_attention_heads")
@@ -91,10 +106,20 @@ class Parcae(PublishedFamily):
             return {}
         activation = config.supported("nonlin_name", *ACTIVATIONS, default="GELU")
         norm = config.supported("norm_class_name", *NORM_TYPES, default="LayerNorm")
+        if config.take("simple_ops", False):
+            norm = "RMSNorm"  # whatever norm_class_name says
         mlp = config.supported("mlp_class_name", "BaseMLP", "GatedMLP", default="BaseMLP")
         key_value_heads = config.take("num_key_value_heads", heads)
-        biased = config.take("qk_bias", False)
-        if biased and key_value_heads != heads:
+        biased, query_key = config.take("bias", False), config.take("qk_bias", False)
+        if query_key and biased:
+            config.refuse(
+                "qk_bias", "with bias=True, queries and keys have two biases each; supported: one of the two"
+            )
+        if query_key and config.take("clip_qkv", None) is not None:
+            config.refuse(
+                "clip_qkv", "with qk_bias=True, which their code adds behind the clip; supported: without it"
+            )
+        if query_key and key_value_heads != heads:
             config.refuse(
                 "qk_bias", f"with num_key_value_heads={key_value_heads}, their code has none for fewer heads"
             )
@@ -113,8 +138,10 @@ class Parcae(PublishedFamily):
             "num_loops": config.take("mean_recurrence", 32),
             "hidden_act": ACTIVATIONS.get(activation),
             "mlp_type": "plain" if mlp == "BaseMLP" else "gated",
-            "attention_bias": biased,
-            "attention_value_bias": False,
+            "attention_bias": biased or query_key,
+            "attention_value_bias": biased,
+            "attention_output_bias": biased,
+            "mlp_bias": biased,
             "qkv_clip": config.take("clip_qkv", None),
             "qk_norm": "per_head_unweighted" if config.take("qk_norm", False) else "none",
             "norm_type": NORM_TYPES.get(norm),
@@ -125,9 +152,9 @@ class Parcae(PublishedFamily):
             "embedding_scale": scales[1],
             "logit_scale": scales[2],
             "final_logit_softcapping": config.take("logit_softcap", None),
-            "injection": config.supported("injection_type", "diagonal", "linear", "add", default="diagonal"),
+            "injection": injection(config, biased=biased),
             "state_init": first_state(config, width, scales[0] * scales[1]),
-            "readout": "linear",
+            "readout": {"type": "linear", "bias": biased},
             "initializer_range": scales[0],
             "tie_word_embeddings": config.take("tie_embeddings", False),
             **config.special_tokens(),
@@ -143,7 +170,9 @@ class Parcae(PublishedFamily):
         self, config: Mapping[str, Any], looped: LoopedConfig, ours: Collection[str], published: Collection[str]
     ) -> TensorMap:
         links = ends(looped)
-        links.append(rename("transformer.C.weight", "model.readout.weight"))
+        if config.get("use_fused_head") == "full-triton" and not looped.tie_word_embeddings:
+            links[-1] = Link((("lm_head.weight",),), ("lm_head.weight",), (Transpose(),))
+        links += [rename(f"transformer.C.{name.split('.')[-1]}", name) for name in ours if ".readout." in name]
         theirs = "transformer.adapter.adapter" if looped.injection["type"] == "concat" else "transformer.adapter"
         links += [rename(f"{theirs}.{name.split('.')[-1]}", name) for name in ours if ".injection." in name]
         links += [
@@ -168,6 +197,12 @@ class Parcae(PublishedFamily):
         scheme = config.supported("init_strategy", *SCHEMES, default="scaled")
         std, embedding, logits = (function(width) for function in SCHEMES.get(scheme, SCHEMES["scaled"]))
         return std, config.take("emb_scale", embedding), config.take("logit_scale", logits)
+
+
+def injection(config: SourceConfig, *, biased: bool) -> dict[str, Any] | str:
+    """How the prelude enters each loop; only the linear one can have a bias."""
+    kind = config.supported("injection_type", "diagonal", "linear", "add", default="diagonal")
+    return {"type": "concat", "bias": biased} if kind == "linear" else kind
 
 
 def rotary(config: SourceConfig) -> dict[str, Any]:
@@ -288,10 +323,19 @@ def layer_links(looped: LoopedConfig, layer: int, prefix: str, names: Collection
         "norm_2.bias": "pre_feedforward_layernorm.bias",
     }
     if looped.mlp_type == "plain":
-        renamed["mlp.fc.weight"] = "mlp.up_proj.weight"
+        renamed |= {"mlp.fc.weight": "mlp.up_proj.weight", "mlp.fc.bias": "mlp.up_proj.bias"}
     else:
         links.append(gated_mlp(prefix, ours, shape.intermediate_size))
-    if looped.attention_bias:
+    if looped.attention_output_bias:
+        renamed |= {f"{part}.bias": f"{target}.bias" for part, target in BIASED.items()}
+        links += [
+            Link(((f"{prefix}.attn.c_{name}.bias",),), (f"{ours}.self_attn.{name}_proj.bias",), (rotary,))
+            for name in "qk"
+        ]
+        if looped.mlp_type == "gated":
+            halves = (f"{ours}.mlp.gate_proj.bias", f"{ours}.mlp.up_proj.bias")
+            links.append(Link(((f"{prefix}.mlp.fc.bias",),), halves, (Split((shape.intermediate_size,) * 2),)))
+    elif looped.attention_bias:
         both = (HalfRotary(shape.head_dim, (0, 1)),)
         links.append(query_key_biases(prefix, ours, shape.num_attention_heads, shape.head_dim, both))
     links += [rename(f"{prefix}.{theirs}", f"{ours}.{n}") for theirs, n in renamed.items() if f"{ours}.{n}" in names]
