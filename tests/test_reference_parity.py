@@ -21,7 +21,7 @@ IN_PLACE = {"injection": "none", "state_init": "input", "prelude_norm": False}
 MORE_VARIANTS = {
     "recursion_encoding": {"loop_update": "recursion_encoding", **IN_PLACE},
     "recursion_encoding_of_groups": {"loop_update": "recursion_encoding", "core_group_size": 1, **IN_PLACE},
-    "biases": {
+    "biased_injection": {
         "injection": {"type": "concat", "bias": True},
         "readout": {"type": "linear", "bias": True},
         "attention_bias": True,
