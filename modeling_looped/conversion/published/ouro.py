@@ -61,6 +61,8 @@ def windows(config: SourceConfig, layers: int | None) -> dict[str, Any]:
         types = [
             "sliding_attention" if slides and layer >= first else "full_attention" for layer in range(layers or 0)
         ]
+    if set(types) - {"full_attention", "sliding_attention"}:
+        config.refuse("layer_types", "supported: full_attention, sliding_attention")
     if "sliding_attention" not in types:
         return {}
     return {"sliding_window": window, "stored_layer_types": list(types)}
