@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from typing import final
 
 import torch
@@ -43,7 +44,9 @@ class NoLoopAdapter(LoopAdapter):
 @LOOP_ADAPTERS.register("lora")
 @final
 class LoraLoopAdapter(LoopAdapter):
-    """W_t = W + (alpha / rank) B_t A_t per loop t (Relaxed Recursive Transformers, arXiv 2410.20672, section 3)."""
+    """W_t = c_t W + (alpha / rank) B_t A_t per loop t (Relaxed Recursive Transformers, arXiv 2410.20672, section 3;
+    there c_t = 1).
+    """
 
     @dataclasses.dataclass(frozen=True)
     class Params:
@@ -54,6 +57,10 @@ class LoraLoopAdapter(LoopAdapter):
         table_loops: loops with an adapter of their own (`None`: the config's `num_loops`).
         biases: of projections that have a bias, `shared` by all loops, or `per_loop`, which costs next to nothing.
         ranks: of each of the targets, where they are not all `rank`; the scale of all stays alpha / rank.
+        loops: those that have an adapter, ascending, from 0; the others use the shared weights as they are. `None`:
+            all.
+        shared_scale: c_t: `none`, 1 everywhere, or `per_channel`, a learned factor per output channel and adapted
+            loop, which says how much of the shared weight that loop uses. It starts at 1.
         """
 
         rank: int = 8
@@ -62,8 +69,14 @@ class LoraLoopAdapter(LoopAdapter):
         table_loops: int | None = None
         biases: str = "shared"
         ranks: tuple[int, ...] | None = None
+        loops: tuple[int, ...] | None = None
+        shared_scale: str = "none"
 
         def __post_init__(self):
+            if self.shared_scale not in ("none", "per_channel"):
+                raise ValueError(f"shared_scale={self.shared_scale!r} must be one of: none, per_channel.")
+            if self.loops is not None and (not self.loops or sorted(set(self.loops)) != [*self.loops]):
+                raise ValueError(f"loops={self.loops!r} must be None (all) or ascending loop numbers, at least one.")
             if self.biases not in ("shared", "per_loop"):
                 raise ValueError(f"biases={self.biases!r} must be one of: shared, per_loop.")
             if not isinstance(self.rank, int) or self.rank < 1:
@@ -79,6 +92,11 @@ class LoraLoopAdapter(LoopAdapter):
                     f"each of the {len(self.targets)} targets."
                 )
             check_table_loops(self.table_loops)
+            if self.loops and self.table_loops and not 0 <= self.loops[0] <= self.loops[-1] < self.table_loops:
+                raise ValueError(
+                    f"loops={list(self.loops)} must lie between 0 and {self.table_loops - 1}: table_loops="
+                    f"{self.table_loops} loops have a row of their own."
+                )
 
     def for_projection(self, name: str, in_features: int, out_features: int, has_bias: bool) -> LoopLoRA | None:
         if name not in self.params.targets:
@@ -92,12 +110,14 @@ class LoraLoopAdapter(LoopAdapter):
             scale=(self.params.rank if self.params.alpha is None else self.params.alpha) / self.params.rank,
             table_loops=self.params.table_loops,
             bias=has_bias and self.params.biases == "per_loop",
+            loops=self.params.loops,
+            shared_scale=self.params.shared_scale != "none",
         )
 
 
 @final
 class LoopLoRA(SelfInitialised):
-    """The low-rank difference of one projection, one pair of factors per loop.
+    """What loops do to one projection: a low-rank difference, and a factor on what the shared weight gives.
 
     Args:
         in_features, out_features: of the projection it stands beside.
@@ -105,17 +125,32 @@ class LoopLoRA(SelfInitialised):
         scale: factor of the difference.
         table_loops: T.
         bias: whether each loop has a difference of the bias too.
+        loops: those that have an adapter; `None`: all.
+        shared_scale: whether each loop has a factor on the shared projection's output channels.
     """
 
     def __init__(
-        self, in_features: int, out_features: int, *, rank: int, scale: float, table_loops: int, bias: bool = False
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        rank: int,
+        scale: float,
+        table_loops: int,
+        bias: bool = False,
+        loops: Sequence[int] | None = None,
+        shared_scale: bool = False,
     ):
         super().__init__()
         self.scale = scale
+        self.table_loops = table_loops
+        self.loops = tuple(range(table_loops) if loops is None else loops)
+        rows = len(self.loops)
         # Parameters, not Linears: PEFT's "all-linear" must see each physical projection once and nothing else.
-        self.A = nn.Parameter(torch.empty(table_loops, rank, in_features))
-        self.B = nn.Parameter(torch.empty(table_loops, out_features, rank))
-        self.bias = nn.Parameter(torch.empty(table_loops, out_features)) if bias else None
+        self.A = nn.Parameter(torch.empty(rows, rank, in_features))
+        self.B = nn.Parameter(torch.empty(rows, out_features, rank))
+        self.bias = nn.Parameter(torch.empty(rows, out_features)) if bias else None
+        self.shared_scale = nn.Parameter(torch.empty(rows, out_features)) if shared_scale else None
 
     def init_weights(self) -> None:
         # LoRA's usual start (arXiv 2106.09685): the difference is zero and A is Kaiming-uniform with a = sqrt(5).
@@ -124,25 +159,47 @@ class LoopLoRA(SelfInitialised):
         init.zeros_(self.B)
         if self.bias is not None:
             init.zeros_(self.bias)
+        if self.shared_scale is not None:
+            init.ones_(self.shared_scale)
 
-    def forward(self, hidden_states: Tensor, loop_idx: int) -> Tensor:
-        """[..., in_features] -> [..., out_features], to be added to the shared projection's output."""
-        row = table_row(loop_idx, self.A.shape[0])
-        difference = F.linear(F.linear(hidden_states, self.A[row]), self.B[row]) * self.scale
-        return difference if self.bias is None else difference + self.bias[row]
+    def row(self, loop_idx: int) -> int | None:
+        """Row of the tables that loop `loop_idx` uses, if it has an adapter; loops beyond T do as the last of them."""
+        loop = table_row(loop_idx, self.table_loops)
+        return self.loops.index(loop) if loop in self.loops else None
 
-    def bias_difference(self, loop_idx: int) -> Tensor | None:
-        """What loop `loop_idx` adds to the bias [out_features], if it does."""
-        return None if self.bias is None else self.bias[table_row(loop_idx, self.A.shape[0])]
+    def forward(self, inputs: Tensor, loop_idx: int, shared: Tensor) -> Tensor:
+        """What the loop makes of `inputs` [..., in_features], given what the shared projection makes of them, `shared`
+        [..., out_features].
+        """
+        row = self.row(loop_idx)
+        if row is None:
+            return shared
+        if self.shared_scale is not None:
+            shared = shared * self.shared_scale[row]
+        output = shared + F.linear(F.linear(inputs, self.A[row]), self.B[row]) * self.scale
+        return output if self.bias is None else output + self.bias[row]
 
-    def difference(self, loop_idx: int) -> Tensor:
-        """The matrix [out_features, in_features] that loop `loop_idx` adds to the shared weight."""
-        row = table_row(loop_idx, self.A.shape[0])
-        return self.scale * (self.B[row] @ self.A[row])
+    def merged(self, weight: Tensor, loop_idx: int) -> Tensor:
+        """The weight [out_features, in_features] that loop `loop_idx` uses, from the shared one."""
+        row = self.row(loop_idx)
+        if row is None:
+            return weight
+        if self.shared_scale is not None:
+            weight = weight.float() * self.shared_scale[row].float()[:, None]
+        return weight.float() + self.scale * (self.B[row].float() @ self.A[row].float())
+
+    def merged_bias(self, bias: Tensor, loop_idx: int) -> Tensor:
+        """The bias [out_features] that loop `loop_idx` uses, from the shared one."""
+        row = self.row(loop_idx)
+        if row is None:
+            return bias
+        if self.shared_scale is not None:
+            bias = bias.float() * self.shared_scale[row].float()
+        return bias if self.bias is None else bias.float() + self.bias[row].float()
 
     def extra_repr(self) -> str:
-        loops, rank, in_features = self.A.shape
-        return f"{in_features} -> {self.B.shape[1]}, rank={rank}, table_loops={loops}, scale={self.scale}"
+        _, rank, in_features = self.A.shape
+        return f"{in_features} -> {self.B.shape[1]}, rank={rank}, loops={self.loops}, scale={self.scale}"
 
 
 def build_adapters(module: nn.Module, names: tuple[str, ...], adapter: LoopAdapter | None) -> nn.ModuleDict:
@@ -159,5 +216,5 @@ def build_adapters(module: nn.Module, names: tuple[str, ...], adapter: LoopAdapt
 
 
 def add_adapter(adapters: nn.ModuleDict, name: str, output: Tensor, inputs: Tensor, loop_idx: int) -> Tensor:
-    """The projection's `output` plus what its loop adapter, if there is one, makes of the same `inputs`."""
-    return output + adapters[name](inputs, loop_idx) if name in adapters else output
+    """The projection's `output`, changed by its loop adapter, if there is one, which sees the same `inputs`."""
+    return adapters[name](inputs, loop_idx, output) if name in adapters else output

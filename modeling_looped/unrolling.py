@@ -163,22 +163,21 @@ def stacked_state(model: PreTrainedModel, config: LoopedConfig, layout: SlotLayo
 def slot_state(layer: nn.Module, loop_idx: int) -> dict[str, Tensor]:
     """The weights with which `layer` runs in loop `loop_idx`: its norms of that loop, its adapters merged."""
     state = {}
-    differences = {}
+    adapters = {}
     for name, module in layer.named_modules():
         if isinstance(module, LoopLoRA):
-            projection = name.replace("loop_adapters.", "")
-            differences[f"{projection}.weight"] = module.difference(loop_idx)
-            bias = module.bias_difference(loop_idx)
-            if bias is not None:
-                differences[f"{projection}.bias"] = bias
+            adapters[name.replace("loop_adapters.", "")] = module
             continue
         for key, parameter in module.named_parameters(prefix=name, recurse=False):
             if isinstance(module, LoopedRMSNorm) and module.rows is not None:
                 state[key] = parameter[table_row(loop_idx, module.rows)]
             else:
                 state[key] = parameter
-    for key, difference in differences.items():
-        state[key] = (state[key].float() + difference.float()).to(state[key].dtype)
+    for projection, adapter in adapters.items():
+        weight, bias = f"{projection}.weight", f"{projection}.bias"
+        state[weight] = adapter.merged(state[weight], loop_idx).to(state[weight].dtype)
+        if bias in state:
+            state[bias] = adapter.merged_bias(state[bias], loop_idx).to(state[bias].dtype)
     return state
 
 

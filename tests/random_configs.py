@@ -111,7 +111,13 @@ def chosen_strategies(draw: st.DrawFn, fields: dict[str, Any]) -> dict[str, Any]
         specs[field] = {"type": name, **draw(st.sampled_from(PARAMETERS.get(name, [{}])))}
     if specs["loop_adapter"]["type"] == "lora":
         projections = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-        specs["loop_adapter"] |= {"rank": draw(st.integers(1, 3)), "targets": projections}
+        specs["loop_adapter"] |= {
+            "rank": draw(st.integers(1, 3)),
+            "targets": projections,
+            "biases": draw(st.sampled_from(["shared", "per_loop"])),
+            "shared_scale": draw(st.sampled_from(["none", "per_channel"])),
+            "loops": draw(st.sampled_from([None, [0]])),
+        }
     if specs["value_embedding"]["type"] == "gated":
         stored = sum(fields[f"num_{part}_layers"] for part in ("prelude", "core", "coda"))
         layers = draw(st.sets(st.integers(0, stored - 1), min_size=1, max_size=2))

@@ -369,16 +369,20 @@ def loop_weight(w: dict[str, Tensor], name: str, t: int, kind: str = "weight") -
 
 
 def project(w: dict[str, Tensor], config: LoopedConfig, prefix: str, name: str, t: int, x: Tensor) -> Tensor:
-    """A shared projection in loop t: x (W + alpha/r B_t A_t)^T + b."""
-    weight = w[f"{prefix}{name}.weight"]
-    if f"{prefix}loop_adapters.{name}.A" in w:
+    """A shared projection in loop t: x (c_t W + alpha/r B_t A_t)^T + c_t b + b_t."""
+    weight, bias = w[f"{prefix}{name}.weight"], w.get(f"{prefix}{name}.bias")
+    own = f"{prefix}loop_adapters.{name}"
+    if f"{own}.A" in w:
         spec = config.loop_adapter
-        alpha = spec["rank"] if spec["alpha"] is None else spec["alpha"]
-        A = last_row(w[f"{prefix}loop_adapters.{name}.A"], t)
-        B = last_row(w[f"{prefix}loop_adapters.{name}.B"], t)
-        weight = weight + alpha / spec["rank"] * (B @ A)
+        loops = spec["loops"] or list(range(spec["table_loops"]))
+        t = min(t, spec["table_loops"] - 1)
+        if t in loops:
+            row = loops.index(t)
+            alpha = spec["rank"] if spec["alpha"] is None else spec["alpha"]
+            scale = w.get(f"{own}.shared_scale", torch.ones(len(loops), len(weight)))[row]
+            weight = scale[:, None] * weight + alpha / spec["rank"] * (w[f"{own}.B"][row] @ w[f"{own}.A"][row])
+            bias = None if bias is None else scale * bias + w.get(f"{own}.bias", torch.zeros(len(loops), 1))[row]
     output = x @ weight.T
-    bias = w.get(f"{prefix}{name}.bias")
     return output if bias is None else output + bias
 
 

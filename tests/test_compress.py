@@ -228,3 +228,54 @@ def test_layers_that_calibration_has_not_seen_are_named():
 def test_layers_of_unlike_attention_do_not_share():
     with pytest.raises(ValueError, match=r"layers \[1, 3\] cannot share: their attention is"):
         compress(tiny_teacher("qwen2-windows"), PLAN)
+
+
+def fitted(teacher, rank, plan=PLAN, merge="first", **options):
+    windows = [random_tokens(1, 24, seed=seed) for seed in range(8)]
+    return compress(teacher, plan, rank=rank, merge=merge, adapter="fitted", windows=windows, **options)
+
+
+@pytest.mark.parametrize("merge", ["first", "last"])
+@pytest.mark.parametrize("name", [name for name in TEACHERS if name not in MIXED])
+@torch.no_grad()
+def test_at_full_rank_the_fitted_model_is_the_teacher(name, merge):
+    teacher, tokens = tiny_teacher(name), random_tokens(2, 11)
+    model, errors = fitted(teacher, FULL, merge=merge)
+    assert_close(model(tokens).logits, teacher(tokens).logits)
+    assert max(error.adapted for error in errors) < 1e-4 < min(error.shared for error in errors)
+
+
+@torch.no_grad()
+def test_the_loop_that_keeps_its_layers_gets_no_adapter():
+    teacher = tiny_teacher("llama")
+    first, last, average = (fitted(teacher, 4, merge=merge).model for merge in ("first", "last", "average"))
+    assert [list(model.config.loop_adapter["loops"]) for model in (first, last, average)] == [[1], [0], [0, 1]]
+    assert first.num_parameters() < average.num_parameters()
+
+
+@torch.no_grad()
+def test_one_loop_of_a_fitted_model_is_the_teacher_without_the_layers_that_loops_stand_for():
+    teacher, tokens = tiny_teacher("llama"), random_tokens(2, 11)
+    model = fitted(teacher, 4).model
+    dropped = compress(teacher, kept_plan([0, 1, 2, 5], [1, 2], 1)).model
+    assert_close(model(tokens, num_loops=1).logits, dropped(tokens).logits)
+
+
+@torch.no_grad()
+def test_fitting_follows_the_teacher_better_than_the_truncated_differences():
+    teacher = tiny_teacher("llama", num_hidden_layers=10)
+    plan, tokens = shared_plan(1, 2, 1, 4), random_tokens(4, 24, seed=77)
+    calibration = calibrate(teacher, [random_tokens(1, 24, seed=seed) for seed in range(8)])
+    truncated = compress(teacher, plan, rank=8, merge="first", adapter="weighted_svd", calibration=calibration).model
+    states = [model.model(tokens).last_hidden_state for model in (teacher, fitted(teacher, 8, plan).model, truncated)]
+    assert (states[1] - states[0]).norm() < 0.95 * (states[2] - states[0]).norm()
+
+
+def test_fitting_without_text_or_without_anything_to_fit_is_refused():
+    teacher = tiny_teacher("llama")
+    with pytest.raises(ValueError, match="adapter='fitted': pass windows"):
+        compress(teacher, PLAN, rank=4, merge="first", adapter="fitted")
+    with pytest.raises(ValueError, match="nothing to fit in num_loops=1"):
+        fitted(teacher, 4, kept_plan([0, 1, 2], [1], 1))
+    with pytest.raises(ValueError, match="alignment='neurons' must be 'none'"):
+        fitted(teacher, 4, alignment="neurons")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -217,15 +218,49 @@ def test_per_loop_norms_share_every_projection():
     assert all(rows[key].shape == (3, *plain[key].shape) for key in core_norms)
 
 
+def loop_lora(**options: Any) -> LoopLoRA:
+    adapter = LoopLoRA(3, 2, rank=1, scale=2.0, table_loops=2, **options)
+    rows = len(adapter.loops)
+    fill(adapter.A, torch.tensor([[[1.0, 0.0, 0.0]], [[0.0, 1.0, 0.0]]])[-rows:])
+    fill(adapter.B, torch.tensor([[[1.0], [0.0]], [[0.0], [1.0]]])[-rows:])
+    return adapter
+
+
+INPUTS, SHARED = torch.tensor([5.0, 7.0, 11.0]), torch.tensor([100.0, 200.0])
+
+
 def test_the_loop_lora_adds_the_low_rank_difference_of_its_loop():
-    adapter = LoopLoRA(3, 2, rank=1, scale=2.0, table_loops=2)
-    fill(adapter.A, torch.tensor([[[1.0, 0.0, 0.0]], [[0.0, 1.0, 0.0]]]))
-    fill(adapter.B, torch.tensor([[[1.0], [0.0]], [[0.0], [1.0]]]))
-    x = torch.tensor([5.0, 7.0, 11.0])
-    torch.testing.assert_close(adapter(x, 0), torch.tensor([10.0, 0.0]))
+    adapter = loop_lora()
+    torch.testing.assert_close(adapter(INPUTS, 0, SHARED), torch.tensor([110.0, 200.0]))
     for beyond in (1, 2, 6):
-        torch.testing.assert_close(adapter(x, beyond), torch.tensor([0.0, 14.0]))
-        torch.testing.assert_close(adapter.difference(beyond) @ x, adapter(x, beyond))
+        torch.testing.assert_close(adapter(INPUTS, beyond, SHARED), torch.tensor([100.0, 214.0]))
+
+
+def test_the_loop_lora_leaves_the_other_loops_alone():
+    adapter = loop_lora(loops=[1])
+    assert adapter(INPUTS, 0, SHARED) is SHARED
+    torch.testing.assert_close(adapter(INPUTS, 5, SHARED), torch.tensor([100.0, 214.0]))
+
+
+def test_the_loop_lora_scales_what_is_shared():
+    adapter = loop_lora(loops=[1], shared_scale=True)
+    adapter.init_weights()
+    torch.testing.assert_close(adapter(INPUTS, 1, SHARED), SHARED)
+    fill(adapter.shared_scale, torch.tensor([[0.5, 0.0]]))
+    fill(adapter.B, torch.tensor([[[0.0], [1.0]]]))
+    fill(adapter.A, torch.tensor([[[0.0, 1.0, 0.0]]]))
+    torch.testing.assert_close(adapter(INPUTS, 1, SHARED), torch.tensor([50.0, 14.0]))
+
+
+@pytest.mark.parametrize("options", [{}, {"loops": [1]}, {"shared_scale": True}, {"bias": True, "shared_scale": True}])
+def test_what_a_loop_lora_merges_is_what_it_does(options):
+    adapter = LoopLoRA(3, 2, rank=1, scale=2.0, table_loops=3, **options)
+    for parameter in adapter.parameters():
+        fill(parameter, torch.randn(parameter.shape))
+    weight, bias = torch.randn(2, 3), torch.randn(2)
+    for loop in range(4):
+        merged = adapter.merged(weight, loop) @ INPUTS + adapter.merged_bias(bias, loop)
+        torch.testing.assert_close(merged, adapter(INPUTS, loop, weight @ INPUTS + bias))
 
 
 def test_the_loop_lora_starts_without_a_difference_at_the_scale_alpha_over_rank():

@@ -7,7 +7,7 @@ teacher.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,29 +22,15 @@ from modeling_looped.state_map import filled
 
 from .alignment import ALIGNMENTS, Aligned, align, unaligned
 from .calibration import Calibration
+from .fitting import fit_adapters
 from .layer_plan import LayerPlan
-from .merging import CALIBRATED_MERGES, MERGES, low_rank, relative_error
+from .merging import CALIBRATED_MERGES, MERGES, InitialError, low_rank, relative_error
+from .verification import in_full_precision
 
-ADAPTERS = ("svd", "weighted_svd")
+ADAPTERS = ("svd", "weighted_svd", "fitted")
 
-
-class InitialError(NamedTuple):
-    """What one projection of the compressed model is off, in one loop.
-
-    Attributes:
-        core_layer, loop: counted from 0.
-        teacher_layer: the layer that it stands for there.
-        projection: its name.
-        shared: relative error of the shared weight alone.
-        adapted: the same with the loop's low-rank difference.
-    """
-
-    core_layer: int
-    loop: int
-    teacher_layer: int
-    projection: str
-    shared: float
-    adapted: float
+#: Merging rules that keep one loop's layers as they are -> the loop, of so many.
+ANCHORS = {"first": lambda loops: 0, "last": lambda loops: loops - 1, "middle": lambda loops: loops // 2}
 
 
 class Compressed(NamedTuple):
@@ -64,7 +50,9 @@ def compress(
     adapter: str = "svd",
     alignment: str = "none",
     calibration: Calibration | None = None,
+    windows: Sequence[Tensor] = (),
     loop_update: dict | str = "replace",
+    progress: Callable[[str], object] = lambda line: None,
 ) -> Compressed:
     """A looped model that stores the layers of `plan` and starts as near to `teacher` as they allow.
 
@@ -74,11 +62,15 @@ def compress(
         rank: of the low-rank difference of every shared projection in every loop; 0: none.
         merge: how a shared weight comes from those it stands for: `average`, `first`, `last`, `middle` or
             `least_squares`.
-        adapter: `svd`, nearest to the lost weights, or `weighted_svd`, nearest in what they do to the inputs that
-            calibration saw.
+        adapter: `svd`, nearest to the lost weights; `weighted_svd`, nearest in what they do to the inputs that
+            calibration saw; or `fitted`, solved for slot after slot such that the states follow the teacher's on
+            `windows` (see fitting.py). With `fitted` a loop has a factor on the shared weights too, and the loop whose
+            layers are the shared ones (`merge` `first` or `last`) needs no adapter and has none.
         alignment: what is reordered to match before merging: `none`, `neurons` or `neurons_and_heads`.
         calibration: needed by `least_squares` and `weighted_svd`, for the layers that the core stands for.
+        windows: text for `fitted`, token ids [1, S], equally long.
         loop_update: spec of the update between loops.
+        progress: gets a line for every slot that is fitted.
 
     Returns:
         the looped model, with weights of its own in the teacher's dtype and on its device, and its errors (weighed by
@@ -88,12 +80,21 @@ def compress(
         ValueError: for a plan or option that does not fit; names it and what is allowed.
     """
     weighs = check_options(rank, merge, adapter, alignment, calibration)
+    fits = rank > 0 and adapter == "fitted"
+    if fits and not windows:
+        raise ValueError("adapter='fitted': pass windows, the text on which it fits.")
+    if fits and alignment != "none":
+        raise ValueError(f"alignment={alignment!r} must be 'none' with adapter='fitted', which solves for each loop.")
     if calibration is not None:
         unseen = sorted({layer for group in plan.core for layer in group} - calibration.layers)
         if unseen and weighs:
             raise ValueError(f"calibration has not measured layers {unseen}, which the core stands for.")
         calibration = None if unseen else calibration
-    config = compressed_config(teacher, plan, rank, loop_update)
+    anchor = ANCHORS[merge](plan.num_loops) if merge in ANCHORS else None
+    adapted = [loop for loop in range(plan.num_loops) if loop != anchor]
+    if fits and not adapted:
+        raise ValueError(f"adapter='fitted' with merge={merge!r} has nothing to fit in num_loops={plan.num_loops}.")
+    config = compressed_config(teacher, plan, rank, loop_update, adapted if fits else None)
     stack = teacher_layers(teacher)
     state = {name: tensor for name, tensor in stack.items() if not name.startswith("model.layers.")}
     layers = [layer_weights(stack, layer) for layer in range(teacher.config.num_hidden_layers)]
@@ -108,14 +109,22 @@ def compress(
         parts = [unaligned(reference)]
         parts += [align(layers[layer], reference, what=alignment, **heads) for layer in group[1:]]
         prefix = f"model.layers.{len(plan.prelude) + index}."
-        shared, found = share(parts, group, index, rank, merge, adapter, calibration)
+        shared, found = share(parts, group, index, 0 if fits else rank, merge, adapter, calibration)
         state |= {prefix + name: tensor for name, tensor in shared.items()}
         errors += found
 
     with torch.device("meta"):
         skeleton = LoopedForCausalLM(config)
     state |= own_parameters(skeleton)
-    return Compressed(filled(teacher, {k: v.to(teacher.dtype) for k, v in state.items()}, skeleton), errors)
+    if fits:
+        shapes = {name: tensor.shape for name, tensor in skeleton.state_dict().items() if ".loop_adapters." in name}
+        state |= {name: torch.zeros(shape) for name, shape in shapes.items()}  # what will be solved for
+    model = filled(teacher, {k: v.to(teacher.dtype) for k, v in state.items()}, skeleton)
+    if fits:
+        exact = in_full_precision(teacher)
+        errors = fit_adapters(model.float(), exact, plan, windows, progress=progress)
+        model.to(teacher.dtype)
+    return Compressed(model, errors)
 
 
 def share(
@@ -169,8 +178,14 @@ def share(
     return state, errors
 
 
-def compressed_config(teacher: PreTrainedModel, plan: LayerPlan, rank: int, loop_update: dict | str) -> LoopedConfig:
-    """The config of the compressed model."""
+def compressed_config(
+    teacher: PreTrainedModel,
+    plan: LayerPlan,
+    rank: int,
+    loop_update: dict | str,
+    fitted: list[int] | None = None,
+) -> LoopedConfig:
+    """The config of the compressed model; `fitted`: the loops whose adapters scale the shared weights too."""
     stock = teacher.config
     plan.check(stock.num_hidden_layers)
     fields = family_of(stock).looped_fields(stock)
@@ -187,6 +202,8 @@ def compressed_config(teacher: PreTrainedModel, plan: LayerPlan, rank: int, loop
     if rank:
         names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
         adapter = {"type": "lora", "rank": rank, "targets": names, "biases": "per_loop"}
+        if fitted is not None:
+            adapter |= {"loops": tuple(fitted), "shared_scale": "per_channel"}
     return LoopedConfig(
         **fields,
         num_prelude_layers=len(plan.prelude),

@@ -17,9 +17,10 @@ from modeling_looped.modeling_looped import LoopedForCausalLM
 
 from .calibration import Calibration, calibrate
 from .checkpoint import Steps, check_device, write_result
-from .compress import InitialError, compress
+from .compress import compress
 from .layer_plan import LayerPlan
 from .manifest import versions
+from .merging import InitialError
 from .output_folder import check_output
 from .special_tokens import align_special_tokens
 from .teacher import TeacherFiles, find_teacher, sha256
@@ -100,7 +101,7 @@ def compress_checkpoint(
     for line in align_special_tokens(source.config, source.generation_config, tokenizer):
         report(f"   {line}")
 
-    calibration = None
+    calibration, windows = None, []
     if seen_text is not None:
         windows = text_windows(tokenizer, seen_text, length=length)[: max(1, calibration_tokens // length)]
         step(f"calibrating on {sum(map(torch.numel, windows))} tokens of {Path(str(calibration_text)).name}")
@@ -117,7 +118,9 @@ def compress_checkpoint(
         adapter=adapter,
         alignment=alignment,
         calibration=calibration,
+        windows=[window for window in windows if window.shape[1] == windows[0].shape[1]],
         loop_update=loop_update,
+        progress=lambda line: report(f"   {line}"),
     )
     for line in error_table(errors):
         report(f"   {line}")

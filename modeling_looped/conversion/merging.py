@@ -6,12 +6,32 @@ T loops; a weight is [out, in] (a projection) or [channels] (a bias).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 #: Weights of the teacher layers in loop order, and the second moments [in, in] of their inputs -> the shared weight.
 Merge = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+
+
+class InitialError(NamedTuple):
+    """What one projection of the compressed model is off, in one loop.
+
+    Attributes:
+        core_layer, loop: counted from 0.
+        teacher_layer: the layer that it stands for there.
+        projection: its name.
+        shared: relative error of the shared weight alone.
+        adapted: the same with the loop's low-rank difference.
+    """
+
+    core_layer: int
+    loop: int
+    teacher_layer: int
+    projection: str
+    shared: float
+    adapted: float
 
 
 def average(weights: Sequence[Tensor], moments: Sequence[Tensor]) -> Tensor:
@@ -95,4 +115,4 @@ def relative_error(difference: Tensor, weight: Tensor, moment: Tensor | None = N
     return (error.clamp_min(0) / whole.clamp_min(1e-30)).sqrt().item()
 
 
-__all__ = ["CALIBRATED_MERGES", "MERGES", "Merge", "low_rank", "relative_error"]
+__all__ = ["CALIBRATED_MERGES", "MERGES", "InitialError", "Merge", "low_rank", "relative_error"]
