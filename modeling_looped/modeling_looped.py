@@ -84,6 +84,17 @@ class LoopedPreTrainedModel(PreTrainedModel):
         "cross_attentions": OutputRecorder(CrossAttention, index=1),
     }
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A config that is put in the place of another one (`EncoderDecoderModel` does it) is put everywhere it was:
+        the base model reads its loop count, and the attentions their implementation, from the one that they hold.
+        """
+        previous = self.__dict__.get("config") if name == "config" else None
+        super().__setattr__(name, value)
+        if previous is not None and previous is not value:
+            for module in self.modules():
+                if module.__dict__.get("config") is previous:
+                    module.__dict__["config"] = value
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         """Initialise one module.
