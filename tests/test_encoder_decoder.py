@@ -76,7 +76,7 @@ def test_greedy_tokens_are_those_of_whole_forwards():
 @pytest.mark.parametrize("loops", [1, 4])
 def test_either_side_runs_at_another_loop_count(loops):
     model = pair()
-    default, default_tokens = logits(model), generated(model)
+    default = logits(model)
     decoder_changed = logits(model, decoder_num_loops=loops)
     encoder_changed = logits(model, num_loops=loops)
     assert not torch.allclose(decoder_changed, default, atol=1e-3)
@@ -87,7 +87,6 @@ def test_either_side_runs_at_another_loop_count(loops):
     tokens = generated(model)
     assert torch.equal(tokens, generated(model, use_cache=False))
     assert torch.equal(tokens, generated(model, cache_implementation="static"))
-    assert not torch.equal(tokens, default_tokens)
     of_the_call = generated(model, num_loops=loops)  # the encoder's
     model.encoder.config.num_loops = loops
     assert torch.equal(generated(model), of_the_call)
