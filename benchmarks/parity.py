@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from fixtures.published import FAMILY_OF, FIXTURES, described, imported_folder, load, recording
+from fixtures.published import FAMILY_OF, described, imported_folder, load, recording
 
 from modeling_looped.conversion.parity import compare_with_recording
 
@@ -32,7 +32,7 @@ def main() -> None:
     rows = {}
     print("| checkpoint | family | largest difference | the original's own noise | ratio |")
     print("|---|---|---|---|---|")
-    for name in FIXTURES:
+    for name in sorted(FAMILY_OF):
         with tempfile.TemporaryDirectory() as folder:
             model = load(name, imported_folder(name, Path(folder)))
         difference = compare_with_recording(model, recording(name)).original["logits"]

@@ -23,7 +23,7 @@ from .value_embedding import gated_token_value
 
 
 def eager_attention_forward(
-    module: AttentionSlot,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -32,7 +32,10 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention in plain operations. query [B, H, S, K], key and value [B, Hkv, S', K] -> [B, S, H, K] and weights."""
+    """Attention in plain operations. query [B, H, S, K], key and value [B, Hkv, S', K] -> [B, S, H, K] and weights.
+
+    `module` is what dispatches: an `AttentionSlot`, or a cross-attention.
+    """
     groups = module.num_key_value_groups
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     weights = query @ key.transpose(2, 3) * scaling
@@ -41,6 +44,37 @@ def eager_attention_forward(
     weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     weights = F.dropout(weights, p=dropout, training=module.training)
     return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def query_and_key_norms(
+    config: LoopedConfig, query_size: int, key_value_size: int, norm_rows: int | None
+) -> tuple[nn.Module | None, nn.Module | None]:
+    """The norms of queries and keys that `config.qk_norm` names, over all heads' channels or over those of one."""
+    eps = config.rms_norm_eps
+    match config.qk_norm:
+        case "per_head":
+            return LoopedRMSNorm(config.head_dim, eps, norm_rows), LoopedRMSNorm(config.head_dim, eps, norm_rows)
+        case "per_head_unweighted":
+            norm = LoopedUnweightedRMSNorm(config.head_dim)
+            return norm, norm
+        case "flat":
+            return LoopedRMSNorm(query_size, eps, norm_rows), LoopedRMSNorm(key_value_size, eps, norm_rows)
+        case _:
+            return None, None
+
+
+def normed_heads(
+    projected: Tensor, norm: nn.Module | None, qk_norm: str, head_dim: int, clip: float | None, loop_idx: int
+) -> Tensor:
+    """Queries, keys or values [B, S, heads * K] -> clipped, normalised [B, heads, S, K]."""
+    if clip is not None:
+        projected = projected.clamp(-clip, clip)
+    if norm is not None and qk_norm == "flat":
+        projected = norm(projected, loop_idx)
+    heads = projected.view(*projected.shape[:-1], -1, head_dim)
+    if norm is not None and qk_norm != "flat":
+        heads = norm(heads, loop_idx)
+    return heads.transpose(1, 2)
 
 
 def hide_inactive(attention_mask: Tensor | None, key: Tensor, active: Tensor, *, is_causal: bool) -> Tensor:
@@ -167,18 +201,7 @@ class LoopedAttention(nn.Module):
 
         self.qkv_clip = config.qkv_clip
         self.qk_norm = config.qk_norm
-        eps = config.rms_norm_eps
-        match config.qk_norm:
-            case "per_head":
-                self.q_norm = LoopedRMSNorm(config.head_dim, eps, norm_rows)
-                self.k_norm = LoopedRMSNorm(config.head_dim, eps, norm_rows)
-            case "per_head_unweighted":
-                self.q_norm = self.k_norm = LoopedUnweightedRMSNorm(config.head_dim)
-            case "flat":
-                self.q_norm = LoopedRMSNorm(query_size, eps, norm_rows)
-                self.k_norm = LoopedRMSNorm(key_value_size, eps, norm_rows)
-            case _:
-                self.q_norm = self.k_norm = None
+        self.q_norm, self.k_norm = query_and_key_norms(config, query_size, key_value_size, norm_rows)
 
     def slot(self, layer_idx: int) -> AttentionSlot:
         """The dispatcher of slot `layer_idx`."""
@@ -232,14 +255,7 @@ class LoopedAttention(nn.Module):
         loop_idx: int,
     ) -> Tensor:
         """Queries or keys [B, S, heads * K] -> clipped, normalised, rotated [B, heads, S, K]."""
-        if self.qkv_clip is not None:
-            projected = projected.clamp(-self.qkv_clip, self.qkv_clip)
-        if norm is not None and self.qk_norm == "flat":
-            projected = norm(projected, loop_idx)
-        heads = projected.view(*projected.shape[:-1], -1, self.head_dim)
-        if norm is not None and self.qk_norm != "flat":
-            heads = norm(heads, loop_idx)
-        heads = heads.transpose(1, 2)
+        heads = normed_heads(projected, norm, self.qk_norm, self.head_dim, self.qkv_clip, loop_idx)
         return heads if position_embeddings is None else apply_rotary(heads, *position_embeddings)
 
     def forward(

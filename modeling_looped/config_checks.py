@@ -44,7 +44,7 @@ def check_counts(config: LoopedConfig) -> None:
     for name in ("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be at least 1.")
-    for name in ("max_trained_loops", "backprop_loops", "embedding_size", *CORE_SIZES):
+    for name in ("max_trained_loops", "backprop_loops", "embedding_size", "cross_attention_hidden_size", *CORE_SIZES):
         if getattr(config, name) is not None and getattr(config, name) < 1:
             raise ValueError(f"{name}={getattr(config, name)} must be None or at least 1.")
     # Of a window of 1, Transformers' sliding cache keeps the last 0 tokens, which Python reads as all of them.
@@ -225,6 +225,21 @@ def check_prefix(config: LoopedConfig) -> None:
         raise ValueError("prefix_lm=True with is_causal=False: every token sees both sides already; use False.")
 
 
+def check_cross_attention(config: LoopedConfig) -> None:
+    """An encoder's output is read by a causal decoder. (As for a prefix, `is_causal` is written unchecked.)"""
+    if config.is_decoder and not config.is_causal:
+        raise ValueError("is_decoder=True with is_causal=False: a decoder is causal; use is_causal=True.")
+    if config.add_cross_attention and not config.is_decoder:
+        raise ValueError(
+            "add_cross_attention=True with is_decoder=False: it belongs to a decoder; use is_decoder=True."
+        )
+    if config.cross_attention_hidden_size is not None and not config.add_cross_attention:
+        raise ValueError(
+            f"cross_attention_hidden_size={config.cross_attention_hidden_size} with add_cross_attention=False has no "
+            "effect; use add_cross_attention=True, or leave it out."
+        )
+
+
 def check_prelude_enters(config: LoopedConfig) -> None:
     """The tokens must reach the core."""
     if config.num_core_layers == 0:
@@ -330,6 +345,7 @@ CHECKS = (
     check_schedule,
     check_embeddings,
     check_prefix,
+    check_cross_attention,
     check_prelude_enters,
     check_strategies,
     check_routing,

@@ -76,6 +76,8 @@ STRUCTURE_FIELDS = (
     "kv_sharing",
     "schedule",
     "position_embedding",
+    "add_cross_attention",
+    "cross_attention_hidden_size",
 )
 
 #: What the published looped models call the loop count. Accepting one of these silently would run another function
@@ -199,6 +201,13 @@ class LoopedConfig(PreTrainedConfig):
         sliding_window (`int`, *optional*): window of the sliding layers in tokens, the token itself included, at least
             2; without `is_causal`, so many tokens on either side.
         is_causal (`bool`, defaults to `True`): `False` gives the bidirectional encoder.
+        add_cross_attention (`bool`, defaults to `False`): give every layer an attention to an encoder's output
+            (`encoder_hidden_states`) between self-attention and MLP, with norms of its own in the same placement; for
+            the decoder of Transformers' `EncoderDecoderModel`, which sets it. Needs `is_causal` and `is_decoder`
+            [cross_attention.py].
+        is_decoder (`bool`, defaults to `False`): Transformers' mark of a decoder, without an effect of its own.
+        cross_attention_hidden_size (`int`, *optional*): width of the encoder's output. `None`: `hidden_size`; an
+            `EncoderDecoderModel` then projects an output of another width.
         max_position_embeddings (`int`, defaults to 2048), rope_parameters (`dict`, *optional*): rotary embeddings, of
             every type that Transformers knows.
         position_embedding (`str`, defaults to `"rope"`): `rope`, `learned` (a table of `max_position_embeddings` rows
@@ -297,6 +306,9 @@ class LoopedConfig(PreTrainedConfig):
     sliding_window: int | None = None
     is_causal: bool = True
     prefix_lm: bool = False
+    add_cross_attention: bool = False
+    is_decoder: bool = False
+    cross_attention_hidden_size: int | None = None
     max_position_embeddings: int = 2048
     rope_parameters: RopeParameters | dict | None = None
     position_embedding: str = "rope"
@@ -500,6 +512,8 @@ class LoopedConfig(PreTrainedConfig):
         if self.qk_norm == "per_head" and not attention_whole:
             # each rank's norms see its own heads only, so their gradients are parts of a sum
             plan |= {f"layers.*.self_attn.{name}_norm": "replicated_with_grad_allreduce" for name in "qk"}
+        if self.add_cross_attention:
+            plan |= {key.replace("self_attn", "cross_attn"): how for key, how in plan.items() if "gate" not in key}
         plan |= {f"layers.*.mlp.{name}": mlp[0] for name in self.mlp_projections[:-1]}
         plan[f"layers.*.mlp.{self.mlp_projections[-1]}"] = mlp[1]
         return plan

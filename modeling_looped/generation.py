@@ -84,7 +84,7 @@ class LoopedGenerationMixin(GenerationMixin):
         # construct a model that FSDP2 has sharded anew.
         sized = object.__new__(type(self))
         sized.__dict__.update(self.__dict__)
-        sized.config = self.config.with_num_loops(num_loops)
+        sized.__dict__["config"] = self.config.with_num_loops(num_loops)  # its modules are this model's
         GenerationMixin._prepare_cache_for_generation(sized, generation_config, model_kwargs, *args, **kwargs)
         # What Transformers remembers to give the next static cache the same shape, and so spare a compilation.
         if "_previous_max_cache_length" in sized.__dict__:

@@ -130,6 +130,8 @@ def refuse_paged_cache(config: LoopedConfig) -> None:
             f"halting={config.halting['type']!r}: a paged cache hides no token from the others, so it cannot route; "
             "use generate."
         )
+    if config.add_cross_attention:
+        raise ValueError("add_cross_attention=True: a paged cache has no place for an encoder's keys; use generate.")
     heads = {config.layer_shape(layer).num_key_value_heads for layer in range(config.num_stored_layers)}
     if len(heads) > 1:
         raise ValueError(

@@ -6,7 +6,7 @@ arguments, and nothing is written to a module during a forward.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
@@ -15,11 +15,24 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .activations import build_activation
 from .attention import LoopedAttention
 from .configuration_looped import LoopedConfig
+from .cross_attention import CrossAttention, EncoderStates
 from .loop_adapter import LoopAdapter, add_adapter, build_adapters
 from .norms import Norm, build_norm
 
 #: Keys and values that an invocation attended to, each [B, Hkv, S', K].
 KeyValue = tuple[Tensor, Tensor]
+
+
+class Held(NamedTuple):
+    """What later loops of a layer read again.
+
+    Attributes:
+        attended: keys and values of the self-attention, where loops share them (`config.kv_sharing`).
+        encoded: those of the encoder's output, unless they vary from loop to loop.
+    """
+
+    attended: KeyValue | None
+    encoded: KeyValue | None
 
 
 class LoopedMLP(nn.Module):
@@ -59,12 +72,13 @@ class LoopedMLP(nn.Module):
 
 
 class LoopedDecoderLayer(GradientCheckpointingLayer):
-    """Attention and MLP with residuals and norms, placed as `config.norm_placement` says.
+    """Attention, cross-attention in a decoder that has an encoder, and MLP, with residuals and norms, placed as
+    `config.norm_placement` says.
 
-    With f one of the two and x the residual stream, the placement decides which of three norms exist in
+    With f one of them and x the residual stream, the placement decides which of three norms exist in
     x <- sum(x + branch(f(pre(x)))). They carry the names of Gemma 2's four norms: `input_layernorm` and
     `pre_feedforward_layernorm` are `pre`; `post_attention_layernorm` and `post_feedforward_layernorm` are `branch` or
-    `sum`.
+    `sum`; those of the cross-attention are called as in T5Gemma.
     """
 
     def __init__(
@@ -87,6 +101,11 @@ class LoopedDecoderLayer(GradientCheckpointingLayer):
         has_pre = config.norm_placement in ("pre", "sandwich", "sandwich_sum")
         has_post = config.norm_placement != "pre"
         self.shares_key_values = config.kv_sharing != "none" and config.is_core_layer(layer)
+        self.cross_attn = CrossAttention(config, layer, norm_rows, adapter) if config.add_cross_attention else None
+        self.pre_cross_attn_layernorm = norm(has_pre and config.add_cross_attention)
+        self.post_cross_attn_layernorm = norm(has_post and config.add_cross_attention)
+        shares_encoded = self.cross_attn is not None and not self.cross_attn.varies and config.is_core_layer(layer)
+        self.hands_on = self.shares_key_values or shares_encoded
         self.norms_sum = config.norm_placement in ("post", "sandwich_sum")
         self.input_layernorm = norm(has_pre)
         self.post_attention_layernorm = norm(has_post)
@@ -98,23 +117,25 @@ class LoopedDecoderLayer(GradientCheckpointingLayer):
         hidden_states: Tensor,
         slot: int,
         loop_idx: int,
-        key_value: KeyValue | None = None,
+        held: Held | None = None,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool | None = False,
+        encoder: EncoderStates | None = None,
         **kwargs: Any,
-    ) -> Tensor | tuple[Tensor, KeyValue]:
+    ) -> Tensor | tuple[Tensor, Held]:
         """One invocation.
 
         Args:
             hidden_states: residual stream [B, S, D].
             slot: address of this invocation (what forward hooks record it by).
             loop_idx: loop it belongs to, from 0; 0 in prelude and coda.
-            key_value: where loops share keys and values, those of the first loop, in every loop but the first.
+            held: where loops share keys and values, those of the first loop, in every loop but the first.
             attention_mask, position_embeddings, past_key_values: as the model prepared them.
             use_cache: not read; named because gradient checkpointing looks for it.
-            kwargs: for the attention.
+            encoder: what the cross-attention reads, in a model that has one.
+            kwargs: for the self-attention.
 
         Returns:
             the residual stream [B, S, D]; with it, where loops share them, the keys and values attended to. They
@@ -129,12 +150,22 @@ class LoopedDecoderLayer(GradientCheckpointingLayer):
             position_embeddings=position_embeddings,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            key_value=key_value,
+            key_value=None if held is None else held.attended,
             **kwargs,
         )
         hidden_states = self._join(hidden_states, branch, self.post_attention_layernorm, loop_idx)
+        encoded = None
+        if self.cross_attn is not None and encoder is not None:
+            norm = self.pre_cross_attn_layernorm
+            branch = hidden_states if norm is None else norm(hidden_states, loop_idx)
+            given = None if held is None else held.encoded
+            branch, _, encoded = self.cross_attn(branch, slot, loop_idx, encoder, given)
+            hidden_states = self._join(hidden_states, branch, self.post_cross_attn_layernorm, loop_idx)
         hidden_states = self.feed_forward(hidden_states, loop_idx)
-        return (hidden_states, attended) if self.shares_key_values else hidden_states
+        if not self.hands_on:
+            return hidden_states
+        varies = self.cross_attn is None or self.cross_attn.varies
+        return hidden_states, Held(attended if self.shares_key_values else None, None if varies else encoded)
 
     def feed_forward(self, hidden_states: Tensor, loop_idx: int) -> Tensor:
         """The MLP half of the block."""

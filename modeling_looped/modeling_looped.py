@@ -31,6 +31,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import LoopedAttention
 from .conditioning import LOOP_CONDITIONINGS
 from .configuration_looped import LoopedConfig, refuse_foreign_loop_names
+from .cross_attention import CrossAttention, encoder_states, split_cache
 from .embeddings import LoopedEmbeddingMixin
 from .generation import LoopedGenerationMixin
 from .halting import HALTINGS, Readings, Route, Step
@@ -44,7 +45,7 @@ from .inputs import (
     refuse_what_cannot_route,
     valid_tokens,
 )
-from .layers import KeyValue, LoopedDecoderLayer
+from .layers import Held, LoopedDecoderLayer
 from .loop_adapter import LOOP_ADAPTERS
 from .loop_update import LOOP_UPDATES
 from .norms import build_norm
@@ -62,7 +63,7 @@ from .value_embedding import VALUE_EMBEDDINGS
 logger = logging.get_logger(__name__)
 
 #: What running layers gives: the residual stream, and the keys and values that their later loops read again.
-LayersOutput = tuple[Tensor, tuple[KeyValue, ...]]
+LayersOutput = tuple[Tensor, tuple[Held, ...]]
 
 
 @auto_docstring
@@ -80,7 +81,19 @@ class LoopedPreTrainedModel(PreTrainedModel):
     _can_record_outputs = {
         "hidden_states": OutputRecorder(LoopedDecoderLayer, num_hidden_layers_key=NO_FIELD),
         "attentions": LoopedAttention,
+        "cross_attentions": OutputRecorder(CrossAttention, index=1),
     }
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A config that is put in the place of another one (`EncoderDecoderModel` does it) is put everywhere it was:
+        the base model reads its loop count, and the attentions their implementation, from the one that they hold.
+        """
+        previous = self.__dict__.get("config") if name == "config" else None
+        super().__setattr__(name, value)
+        if previous is not None and previous is not value:
+            for module in self.modules():
+                if module.__dict__.get("config") is previous:
+                    module.__dict__["config"] = value
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -219,6 +232,8 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         num_loops: int | None = None,
         initial_state: torch.FloatTensor | None = None,
         output_loop_hidden_states: bool = False,
+        encoder_hidden_states: torch.FloatTensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
     ) -> LoopedModelOutput:
         r"""
@@ -249,6 +264,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             sized = self.config if layout.loops == self.config.num_loops else self.config.with_num_loops(layout.loops)
             past_key_values = DynamicCache(config=sized)
         num_slots = self.config.slots_to_run(layout.loops)
+        past_key_values, both_caches = split_cache(self.config, past_key_values, encoder_hidden_states)
         if past_key_values is not None:
             refuse_foreign_cache(past_key_values, num_slots, layout)
             if self.gradient_checkpointing and self.training:
@@ -263,6 +279,9 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             self.config, self.stored_types, embeds, attention_mask, positions, given_cache, token_type_ids
         )
         embeds = self.embed(embeds, positions, token_type_ids)
+        encoder = encoder_states(
+            self.config, encoder_hidden_states, encoder_attention_mask, both_caches, embeds, kwargs
+        )
         rotary = None
         if self.config.position_embedding == "rope":
             cos, sin = self.rotary_emb(embeds, positions)
@@ -277,6 +296,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             position_ids=positions,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            encoder=encoder,
             **kwargs,  # pyright: ignore[reportCallIssue] (the same list)
         )
 
@@ -301,7 +321,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             hidden_states = self.norm(hidden_states)
         return LoopedModelOutput(
             last_hidden_state=hidden_states,
-            past_key_values=past_key_values,
+            past_key_values=past_key_values if both_caches is None else both_caches,
             loop_hidden_states=states if output_loop_hidden_states else None,
             exit_loops=None if readings is None else readings.exit_loops,
             exit_probabilities=torch.stack(readings.probabilities, dim=-1)
@@ -344,17 +364,28 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         # Truncated backpropagation: the leading loops only find a state to start from.
         detached = layout.loops - (self.config.backprop_loops or layout.loops) if self.training else 0
         kept, readings, streams = (state,), self.halting.start(state), self.schedule(state)
-        key_values: tuple[KeyValue, ...] = ()
+        held: dict[range, tuple[Held, ...]] = {}
+        was_tracked = False
         for turn in turns:
-            if turn.loop == 0:
-                key_values = ()
-            with torch.set_grad_enabled(torch.is_grad_enabled() and turn.outer_loop >= detached):
+            tracked = turn.outer_loop >= detached
+            if tracked and not was_tracked:
+                held = {}  # what loops without a graph hand on would never have a gradient
+            was_tracked = tracked
+            with torch.set_grad_enabled(torch.is_grad_enabled() and tracked):
                 route = None
                 if valid is not None:
                     route = self.halting.route(readings, streams[0], turn.loop, valid.to(streams[0].device))
                 entering = self.schedule.read(streams, turn.state)
-                taken, key_values = step(
-                    entering, streams[turn.state], inject, turn, layout, run, positions, key_values, route
+                taken, held[turn.layers] = step(
+                    entering,
+                    streams[turn.state],
+                    inject,
+                    turn,
+                    layout,
+                    run,
+                    positions,
+                    held.get(turn.layers, ()),
+                    route,
                 )
                 streams = (*streams[: turn.state], taken.state, *streams[turn.state + 1 :])
                 if turn.ends_loop:
@@ -372,32 +403,32 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         layout: SlotLayout,
         run: Callable[..., LayersOutput],
         positions: Tensor,
-        key_values: tuple[KeyValue, ...],
+        held: tuple[Held, ...],
         route: Route | None,
-    ) -> tuple[Step, tuple[KeyValue, ...]]:
+    ) -> tuple[Step, tuple[Held, ...]]:
         """One turn: from what enters it and the state that it will replace, both [B, S, D], and the keys and values
         that loops share.
         """
         core_input = self.loop_conditioning(inject(entering, turn.loop), turn.loop, positions)
         # shared keys and values are every token's, so that nothing is to be hidden
         active = {} if route is None or self.config.kv_sharing != "none" else {"active": route.active}
-        output, key_values = run(core_input, turn.layers, turn.loop, key_values, **active)
+        output, held = run(core_input, turn.layers, turn.loop, held, **active)
         # The core may end on another device than it started on.
         previous, core_input = previous.to(output.device), core_input.to(output.device)
         state = self.loop_update(previous, output, turn.loop, layout.loops, layout.group_of(turn.layers[0]))
         if self.config.final_norm == "every_loop":
             state = self.norm(state).to(output.device)
         if route is None:
-            return Step(previous, core_input, state), key_values
+            return Step(previous, core_input, state), held
         route = route.to(output.device)
-        return Step(previous, core_input, self.halting.merge(route, previous, state), route.active), key_values
+        return Step(previous, core_input, self.halting.merge(route, previous, state), route.active), held
 
     def _run_layers(
         self,
         hidden_states: Tensor,
         layers: range,
         loop_idx: int = 0,
-        key_values: tuple[KeyValue, ...] = (),
+        held: tuple[Held, ...] = (),
         *,
         layout: SlotLayout,
         num_slots: int,
@@ -411,13 +442,13 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             hidden_states: [B, S, D].
             layers: stored layers.
             loop_idx: from 0.
-            key_values: where loops share keys and values, what the first loop of each of these layers attended to.
+            held: where loops share keys and values, those of the first loop of each of these layers.
             layout, num_slots, masks, token_values, kwargs: of the forward.
 
         Returns:
             [B, S, D], and the keys and values for the next loop (none where loops do not share them).
         """
-        attended: list[KeyValue] = []
+        handed_on: list[Held] = []
         for position, index in enumerate(layers):
             slot = layout.slot(index, loop_idx)
             if slot >= num_slots:
@@ -425,15 +456,15 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             layer = self.layers[index]
             if token_values:
                 kwargs["token_value"] = token_values.get(index)
-            shared = (key_values[position],) if key_values else ()
+            shared = (held[position],) if held else ()
             mask = masks[self.stored_types[index]]
             output = layer(hidden_states, slot, loop_idx, *shared, attention_mask=mask, **kwargs)
-            if layer.shares_key_values:
-                hidden_states, key_value = output
-                attended.append(key_value)
+            if layer.hands_on:
+                hidden_states, for_later = output
+                handed_on.append(for_later)
             else:
                 hidden_states = output
-        return hidden_states, key_values or tuple(attended)
+        return hidden_states, held or tuple(handed_on)
 
     def _layout(self, num_loops: int | None) -> SlotLayout:
         """Slots of a call with `num_loops` loops, after checking it.
@@ -491,6 +522,8 @@ class LoopedForCausalLM(LoopedHeadMixin, LoopedGenerationMixin, LoopedPreTrained
         num_loops: int | None = None,
         initial_state: torch.FloatTensor | None = None,
         output_loop_hidden_states: bool = False,
+        encoder_hidden_states: torch.FloatTensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
     ) -> LoopedCausalLMOutput:
         r"""
@@ -524,6 +557,8 @@ class LoopedForCausalLM(LoopedHeadMixin, LoopedGenerationMixin, LoopedPreTrained
             num_loops=num_loops,
             initial_state=initial_state,
             output_loop_hidden_states=output_loop_hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            encoder_attention_mask=encoder_attention_mask,
             **kwargs,  # pyright: ignore[reportCallIssue] (the same list)
         )
         hidden_states: Any = outputs.last_hidden_state
@@ -537,6 +572,7 @@ class LoopedForCausalLM(LoopedHeadMixin, LoopedGenerationMixin, LoopedPreTrained
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
             loop_hidden_states=outputs.loop_hidden_states,
             exit_loops=outputs.exit_loops,
             exit_probabilities=outputs.exit_probabilities,

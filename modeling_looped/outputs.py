@@ -33,8 +33,12 @@ class LoopedModelOutput(BaseModelOutputWithPast):
         exit_probabilities (`torch.FloatTensor` of shape [B, S, T], *optional*, as above):
             each token's distribution of exits over the loops, fp32 (weights that need not sum to one in the
             `universal` form of adaptive computation time).
+        cross_attentions (`tuple[torch.FloatTensor]`, *optional*, with `output_attentions=True` and
+            `config.add_cross_attention`): weights [B, H, S, E] of each cross-attention over the encoder's E tokens, in
+            the order of execution.
     """
 
+    cross_attentions: tuple[Tensor, ...] | None = None
     loop_hidden_states: tuple[Tensor, ...] | None = None
     exit_loops: Tensor | None = None
     exit_probabilities: Tensor | None = None
@@ -52,8 +56,11 @@ class LoopedCausalLMOutput(CausalLMOutputWithPast):
             number of loops after which each token halted.
         exit_probabilities (`torch.FloatTensor` of shape [B, S, T], *optional*, as above):
             each token's distribution of exits over the loops, fp32.
+        cross_attentions (`tuple[torch.FloatTensor]`, *optional*, with `output_attentions=True` and
+            `config.add_cross_attention`): as in [`LoopedModelOutput`].
     """
 
+    cross_attentions: tuple[Tensor, ...] | None = None
     loop_hidden_states: tuple[Tensor, ...] | None = None
     exit_loops: Tensor | None = None
     exit_probabilities: Tensor | None = None

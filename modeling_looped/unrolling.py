@@ -99,6 +99,8 @@ def blocking_loop_options(model: PreTrainedModel, config: LoopedConfig, layout: 
         blocking["value_embedding"] = "layers read the tokens again"
     if config.tie_word_embeddings and config.embedding_scale == 0.0:
         blocking["embedding_scale"] = "it would scale the tied head too"
+    if config.add_cross_attention:
+        blocking["add_cross_attention"] = "layers read an encoder's output"
     if config.prefix_lm:
         blocking["prefix_lm"] = "a prefix sees itself in both directions"
     if config.final_norm == "none":

@@ -55,6 +55,7 @@ class Run(NamedTuple):
         rope: of the positions; `None`: no rotation.
         slots: as in `Trace`, in the making.
         held: where loops share keys and values, those of each core layer's first loop.
+        encoded: output of an encoder [E, D of the encoder]; `None`: there is none.
     """
 
     w: dict[str, Tensor]
@@ -63,6 +64,7 @@ class Run(NamedTuple):
     rope: tuple[Tensor, Tensor] | None
     slots: list[tuple[Tensor, Tensor]]
     held: dict[int, tuple[Tensor, Tensor]]
+    encoded: Tensor | None = None
 
 
 def reference_logits(weights: dict[str, Tensor], config: LoopedConfig, tokens: Tensor, **options) -> Tensor:
@@ -87,6 +89,7 @@ def reference_trace(
     token_types: Tensor | None = None,
     backprop_loops: int | None = None,
     training: bool = False,
+    encoded: Tensor | None = None,
 ) -> Trace:
     """Run one sequence of token ids [S].
 
@@ -97,13 +100,14 @@ def reference_trace(
         token_types: type of every token [S]; `None`: 0.
         backprop_loops: the last so many loops keep a graph; `None`: all.
         training: whether the choice of a loop passes the gate's gradient straight through.
+        encoded: output of an encoder [E, D of the encoder], for a decoder.
     """
     w = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     T = config.num_loops if num_loops is None else num_loops
     P, R, C = config.num_prelude_layers, config.num_core_layers, config.num_coda_layers
     positions = torch.arange(len(tokens)) if positions is None else positions
     rope = rope_angles(config, positions) if config.position_embedding == "rope" else None
-    run = Run(w, config, tokens, rope, [], {})
+    run = Run(w, config, tokens, rope, [], {}, encoded)
 
     def layers(x: Tensor, indices: range, t: int = 0) -> Tensor:
         for layer in indices:
@@ -358,7 +362,12 @@ def block(run: Run, layer: int, t: int, x: Tensor) -> Tensor:
         output = project(w, config, prefix + "mlp.", "down_proj", t, wide)
         return output if config.mlp_output_act is None else ACTIVATIONS[config.mlp_output_act](output)
 
+    def read(branch: Tensor) -> Tensor:
+        return cross_attention(run, layer, t, branch)
+
     x = place(x, attend, "input_layernorm", "post_attention_layernorm")
+    if config.add_cross_attention:
+        x = place(x, read, "pre_cross_attn_layernorm", "post_cross_attn_layernorm")
     return place(x, feed, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
@@ -411,6 +420,22 @@ def attention(run: Run, layer: int, t: int, x: Tensor) -> Tensor:
     if config.attention_gate == "per_channel":
         together = together / (1 + torch.exp(-(x @ w[prefix + "gate_proj.weight"].T)))
     return project(w, config, prefix, "o_proj", t, together)
+
+
+def cross_attention(run: Run, layer: int, t: int, x: Tensor) -> Tensor:
+    """Attention of one layer from x [S, D] to all of the encoder's output, made anew in every loop."""
+    w, config, prefix = run.w, run.config, f"layers.{layer}.cross_attn."
+    key_loop = 0 if config.kv_sharing == "first_loop" else t
+    queries = heads(w, config, prefix, "q", t, x, None)
+    keys = heads(w, config, prefix, "k", key_loop, run.encoded, None)
+    values = clip(config, project(w, config, prefix, "v_proj", key_loop, run.encoded))
+    attended = []
+    for head, query in enumerate(queries):
+        key_head = head * len(keys) // len(queries)
+        value = values[:, key_head * config.head_dim : (key_head + 1) * config.head_dim]
+        scores = query @ keys[key_head].T / math.sqrt(config.head_dim)
+        attended.append(torch.softmax(scores, dim=-1) @ value)
+    return project(w, config, prefix, "o_proj", t, torch.cat(attended, dim=-1))
 
 
 def heads(

@@ -15,8 +15,9 @@ from transformers import AlbertConfig, AlbertForMaskedLM, LlamaConfig, LlamaForC
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM, LoopedForMaskedLM
 from modeling_looped.conversion import export_checkpoint, import_checkpoint
-from modeling_looped.conversion.importing import ASIDE, looped_config, our_shapes
+from modeling_looped.conversion.importing import ASIDE, our_shapes
 from modeling_looped.conversion.published import PUBLISHED, SourceConfig
+from modeling_looped.conversion.published.family import looped_config
 from modeling_looped.conversion.published.parcae import SCHEMES, gated_layers, value_embedding_layers
 
 LLAMA = {

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
-from modeling_looped.configuration_looped import FOREIGN_LOOP_NAMES, LoopedConfig
+from modeling_looped.configuration_looped import FOREIGN_LOOP_NAMES
 
 from .special_tokens import align_special_tokens
 
@@ -31,7 +32,7 @@ OTHER_FILES = ("LICENSE*", "NOTICE*")
 GENERATION_CONFIG = "generation_config.json"
 
 
-def bring_companions(source: Path, target: Path, config: LoopedConfig) -> list[str]:
+def bring_companions(source: Path, target: Path, config: PreTrainedConfig) -> list[str]:
     """Copy tokenizer, generation config and licence from `source` to `target`, which has our config.json already.
 
     Where there is a tokenizer, it, the two configs and the chat template are made to agree on where a text ends; so
@@ -45,7 +46,8 @@ def bring_companions(source: Path, target: Path, config: LoopedConfig) -> list[s
     generation_config = read_generation_config(source, config, lines)
     if any((target / name).is_file() for name in TOKENIZER_FILES):
         tokenizer = read_tokenizer(target)
-        lines += align_special_tokens(config, generation_config, tokenizer)
+        text_config: Any = config.get_text_config(decoder=True)  # of an encoder and a decoder, the decoder's
+        lines += align_special_tokens(text_config, generation_config, tokenizer)
         tokenizer.save_pretrained(target)
         config.save_pretrained(target)
     else:
@@ -77,14 +79,14 @@ def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def read_generation_config(source: Path, config: LoopedConfig, lines: list[str]) -> GenerationConfig:
+def read_generation_config(source: Path, config: PreTrainedConfig, lines: list[str]) -> GenerationConfig:
     """The checkpoint's generation config, or one with the config's special tokens.
 
     A loop count that it holds under the original's name becomes `num_loops`, with a line about it.
     """
     if not (source / GENERATION_CONFIG).is_file():
-        tokens = ("bos_token_id", "eos_token_id", "pad_token_id")
-        return GenerationConfig(**{name: getattr(config, name) for name in tokens})
+        tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+        return GenerationConfig(**{name: getattr(config, name, None) for name in tokens})
     generation_config = GenerationConfig.from_pretrained(source)
     for name in sorted(FOREIGN_LOOP_NAMES):
         value: Any = vars(generation_config).pop(name, None)

@@ -11,8 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from modeling_looped.configuration_looped import LoopedConfig
-
 from .checkpoint import Steps
 from .companions import GENERATION_CONFIG, OTHER_FILES, TOKENIZER_FILES, copy_files
 from .importing import ASIDE, described, our_shapes
@@ -46,12 +44,13 @@ def export_checkpoint(
     like = source if like is None else like
     manifest = read_manifest(like)
     original = manifest["original"]
-    config = LoopedConfig.from_pretrained(source)
-    refuse_changes(manifest["looped"], described(config), source)
-
     family = PUBLISHED[manifest["family"]]
     told = {**original["config"], **original["settings"]}
-    ours = our_shapes(family.model_class_for(told), config)
+    model_class = family.model_class_for(told)
+    config_class: Any = model_class.config_class
+    config = config_class.from_pretrained(source)
+    refuse_changes(manifest["looped"], described(config), source)
+    ours = our_shapes(model_class, config)
     names = [name for names in original["files"].values() for name in names]
     tensor_map = family.tensor_map(told, config, ours, names)
     stored = StoredTensors(source)

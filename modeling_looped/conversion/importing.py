@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
-
-from modeling_looped.configuration_looped import LoopedConfig
 
 from .checkpoint import Steps
 from .companions import GENERATION_CONFIG, bring_companions
@@ -86,7 +84,7 @@ def import_checkpoint(
     model_class = chosen.model_class_for(told)
     looped.dtype = dtype or widest_dtype(stored)
     looped.architectures = [model_class.__name__]
-    report(f"   {chosen.name}: {len(stored.shapes)} tensors, {looped.num_stored_layers} stored layers")
+    report(f"   {chosen.name}: {len(stored.shapes)} tensors")
 
     with staged(output) as folder:
         step("writing the weights")
@@ -134,13 +132,13 @@ def import_checkpoint(
 
 def plan_import(
     name: str, config: Mapping[str, Any], stored: StoredTensors
-) -> tuple[PublishedFamily, LoopedConfig, TensorMap]:
+) -> tuple[PublishedFamily, PreTrainedConfig, TensorMap]:
     """The family, our config and the map of a checkpoint, after every check that needs no tensor."""
     family = published_family(name, config, stored.shapes)
     source_config = SourceConfig(family.name, config)
     fields = family.fields(source_config, stored.shapes)
     source_config.finish()
-    looped = looped_config(family, fields)
+    looped = family.config_of(fields)
     ours = our_shapes(family.model_class_for(config), looped)
     tensor_map = family.tensor_map(config, looped, ours, stored.shapes)
     tensor_map.check(stored.shapes, ours)
@@ -151,19 +149,7 @@ def plan_import(
     return family, looped, tensor_map
 
 
-def looped_config(family: PublishedFamily, fields: Mapping[str, Any]) -> LoopedConfig:
-    """The config with `fields`, those that are `None` left at their defaults.
-
-    Raises:
-        ValueError: for a combination of options that our model does not have.
-    """
-    try:
-        return LoopedConfig(**{field: value for field, value in fields.items() if value is not None})
-    except StrictDataclassError as error:  # not a ValueError, and its text repeats the class's name
-        raise ValueError(f"this {family.name} checkpoint cannot be converted: {error.__cause__ or error}") from error
-
-
-def our_shapes(model_class: type[PreTrainedModel], config: LoopedConfig) -> dict[str, torch.Size]:
+def our_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, torch.Size]:
     """Shape of every tensor that a checkpoint of ours stores: all but those that are another one by another name."""
     with torch.device("meta"):
         model = model_class(config)
@@ -212,11 +198,19 @@ def widest_dtype(stored: StoredTensors) -> torch.dtype:
     return max(sizes, key=sizes.__getitem__)
 
 
-def described(config: LoopedConfig) -> dict[str, Any]:
+def described(config: PreTrainedConfig) -> dict[str, Any]:
     """What our config says of the function of the weights, for comparison at export."""
     unrelated = {"architectures", "auto_map", "dtype", "transformers_version", "use_cache", "id2label", "label2id"}
-    unrelated |= {"bos_token_id", "eos_token_id", "pad_token_id", "_name_or_path"}
-    return {name: value for name, value in config.to_dict().items() if name not in unrelated}
+    unrelated |= {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "_name_or_path"}
+
+    def related(values: dict[str, Any]) -> dict[str, Any]:
+        return {
+            name: related(value) if name in ("encoder", "decoder") else value
+            for name, value in values.items()
+            if name not in unrelated
+        }
+
+    return related(config.to_dict())
 
 
 def read_json(path: Path) -> Any:

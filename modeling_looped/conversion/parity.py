@@ -43,11 +43,14 @@ def compare_with_recording(model: PreTrainedModel, recording: Mapping[str, Tenso
         recording: `input_ids` [B, S] and `logits` [B, S, V] of the original; where it has them `initial_state`
             [B, S, D], `loop_states` [T, B, S, D], and `left` and `right` padded cases (`left.input_ids`,
             `left.attention_mask`, `left.logits`), and a case with a bidirectional prefix (`prefix.token_type_ids`,
-            `prefix.logits`).
+            `prefix.logits`). For an encoder and a decoder, `decoder_input_ids` [B, S'] too, and `logits` [B, S', V].
     """
     tokens, start = recording["input_ids"], recording.get("initial_state")
     states = "loop_states" in recording
-    output = run(model, tokens, start, **({"output_loop_hidden_states": True} if states else {}))
+    more: dict[str, Any] = {"output_loop_hidden_states": True} if states else {}
+    if "decoder_input_ids" in recording:
+        more["decoder_input_ids"] = recording["decoder_input_ids"]
+    output = run(model, tokens, start, **more)
     original = {"logits": max_difference(output.logits, recording["logits"])}
     if states:
         ours = torch.stack(output.loop_hidden_states[1:])

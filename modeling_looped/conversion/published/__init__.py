@@ -21,6 +21,7 @@ from .recursive import Recursive
 from .source_config import SourceConfig
 from .stacked import Stacked
 from .universal import UniversalTransformer
+from .universal_decoder import UniversalEncoderDecoder
 
 #: Name -> family, in the order in which `auto` asks them: `stacked` takes every Llama that is nothing else.
 PUBLISHED: dict[str, PublishedFamily] = {
@@ -36,6 +37,7 @@ PUBLISHED: dict[str, PublishedFamily] = {
         HrmText(),
         Albert(),
         UniversalTransformer(),
+        UniversalEncoderDecoder(),
         Stacked(),
     )
 }

@@ -7,7 +7,9 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
 from modeling_looped.configuration_looped import LoopedConfig
@@ -37,9 +39,18 @@ class PublishedFamily(ABC):
     def recognises(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
         """Whether a checkpoint with this config and tensors of these names is one of the family."""
 
+    def config_of(self, fields: Mapping[str, Any]) -> PreTrainedConfig:
+        """The config with `fields`, those that are `None` left at their defaults.
+
+        Raises:
+            ValueError: for a combination of options that our model does not have.
+        """
+        return looped_config(self, fields)
+
     @abstractmethod
     def fields(self, config: SourceConfig, shapes: Shapes) -> dict[str, Any]:
-        """The fields of `LoopedConfig` that say what `config` says; notes what cannot be said.
+        """The fields of `LoopedConfig` that say what `config` says (of another one, if `config_of` makes that); notes
+        what cannot be said.
 
         Args:
             config: of the checkpoint. `finish` is called by whoever called this.
@@ -48,16 +59,28 @@ class PublishedFamily(ABC):
 
     @abstractmethod
     def tensor_map(
-        self, config: Mapping[str, Any], looped: LoopedConfig, ours: Collection[str], published: Collection[str]
+        self, config: Mapping[str, Any], looped: Any, ours: Collection[str], published: Collection[str]
     ) -> TensorMap:
         """Between the tensors of the checkpoint and those of our model.
 
         Args:
             config: the checkpoint's.
-            looped: ours, made from `fields`.
+            looped: ours, made from `fields` by `config_of`.
             ours: names of the tensors that our model stores.
             published: names of the checkpoint's tensors, where the config alone does not tell what they are.
         """
+
+
+def looped_config(family: PublishedFamily, fields: Mapping[str, Any]) -> LoopedConfig:
+    """The `LoopedConfig` with `fields`, those that are `None` left at their defaults.
+
+    Raises:
+        ValueError: for a combination of options that our model does not have.
+    """
+    try:
+        return LoopedConfig(**{field: value for field, value in fields.items() if value is not None})
+    except StrictDataclassError as error:  # not a ValueError, and its text repeats the class's name
+        raise ValueError(f"this {family.name} checkpoint cannot be converted: {error.__cause__ or error}") from error
 
 
 def llama_fields(config: SourceConfig, *, theta: float = 10000.0) -> dict[str, Any]:
@@ -142,5 +165,6 @@ __all__ = [
     "embedding_names",
     "layer_prefixes",
     "llama_fields",
+    "looped_config",
     "rotary_tables",
 ]

@@ -22,6 +22,8 @@ from modeling_looped.modeling_looped import LoopedForCausalLM, LoopedForMaskedLM
 from .family import IN_PLACE, PublishedFamily, Shapes
 from .source_config import SourceConfig
 
+#: What the embedding matrix may be called, which is the head too.
+EMBEDDING = ("embed.weight", "emb.weight", "W.weight")
 #: Our part of a name -> theirs, in the one layer.
 LAYER_PARTS = {
     "self_attn.q_proj": "multi_head_attention.query_linear",
@@ -34,9 +36,9 @@ LAYER_PARTS = {
     "mlp.down_proj": "positionwise_feed_forward.layers.1",
 }
 OTHER_PARTS = {
-    "model.embedding_projection": "enc.embedding_proj",
-    "model.halting": "enc.act_fn.p",
-    "model.norm": "enc.layer_norm",
+    "embedding_projection": "embedding_proj",
+    "halting": "act_fn.p",
+    "norm": "layer_norm",
 }
 #: What their layer norms call `weight` and `bias`.
 NORM_KINDS = {"weight": "gamma", "bias": "beta"}
@@ -49,7 +51,7 @@ class UniversalTransformer(PublishedFamily):
     name = "universal_transformer"
 
     def recognises(self, config: Mapping[str, Any], names: Collection[str]) -> bool:
-        return config.get("model_type") == "universal_transformer"
+        return config.get("model_type") == "universal_transformer" and not config.get("is_encoder_decoder")
 
     def model_class_for(self, config: Mapping[str, Any]) -> type[PreTrainedModel]:
         return LoopedForCausalLM if self.is_causal(config) else LoopedForMaskedLM
@@ -106,20 +108,27 @@ class UniversalTransformer(PublishedFamily):
     ) -> TensorMap:
         links = []
         for name in ours:
-            stem, _, kind = name.rpartition(".")
             if name == "lm_head.weight":
                 continue
-            if stem == "model.embed_tokens":
-                links.append(rename(("embed.weight", "emb.weight", "W.weight"), name))
-                continue
-            in_layer = stem.startswith("model.layers.0.")
-            part = LAYER_PARTS[stem.removeprefix("model.layers.0.")] if in_layer else OTHER_PARTS[stem]
-            kind = NORM_KINDS[kind] if "layer_norm" in part else kind
-            links.append(rename(f"enc.enc.{part}.{kind}" if in_layer else f"{part}.{kind}", name))
+            if name == "model.embed_tokens.weight":
+                links.append(rename(EMBEDDING, name))
+            else:
+                links.append(rename(their_name(name.removeprefix("model."), "enc"), name))
         unread = [
             Unread(f"enc.layer_norm.{kind}", "a norm that their code never applies") for kind in NORM_KINDS.values()
         ]
         return TensorMap(links, unread if looped.final_norm == "none" else ())
 
 
-__all__ = ["UniversalTransformer"]
+def their_name(name: str, module: str, parts: Mapping[str, str] | None = None) -> str:
+    """What tensor `name` of our base model is called in their `module`, `enc` or `dec`; `parts` go before
+    `LAYER_PARTS`.
+    """
+    stem, _, kind = name.rpartition(".")
+    in_layer = stem.startswith("layers.0.")
+    part = {**LAYER_PARTS, **(parts or {})}[stem.removeprefix("layers.0.")] if in_layer else OTHER_PARTS[stem]
+    kind = NORM_KINDS[kind] if "layer_norm" in part else kind
+    return f"{module}.{module}.{part}.{kind}" if in_layer else f"{module}.{part}.{kind}"
+
+
+__all__ = ["EMBEDDING", "NORM_KINDS", "UniversalTransformer", "their_name"]
