@@ -276,6 +276,33 @@ def check_strategies(config: LoopedConfig) -> None:
         )
 
 
+def check_residual_streams(config: LoopedConfig) -> None:
+    """What reads one state from the loop has no place where the loop carries several streams."""
+    streams = config.residual_streams
+    if streams["type"] == "none":
+        return
+    if config.num_core_layers == 0:
+        for name, harmless in (("core_num_streams", None), ("own_loops", 1)):
+            if streams[name] != harmless:
+                raise ValueError(
+                    f"residual_streams: {name}={streams[name]} acts on the core, and num_core_layers=0: use "
+                    f"{harmless}."
+                )
+        return
+    if streams["span"] != "model":
+        return
+    for name, value, allowed in (
+        ("halting", config.halting["type"], ("none",)),
+        ("final_norm", config.final_norm, ("end", "after_loops", "none")),
+    ):
+        if value not in allowed:
+            raise ValueError(
+                f"{name}={value!r} with residual_streams={streams['type']!r}, span='model': it reads one state from "
+                f"each loop, which has {streams['num_streams']} streams; use span='part', or {name}="
+                f"{' or '.join(map(repr, allowed))}."
+            )
+
+
 def check_routing(config: LoopedConfig) -> None:
     """A router decides who takes part in a loop; what else would decide about the state has no say beside it."""
     if config.num_core_layers == 0 or not issubclass(HALTINGS[config.halting["type"]], Router):
@@ -340,6 +367,7 @@ CHECKS = (
     check_prefix,
     check_prelude_enters,
     check_strategies,
+    check_residual_streams,
     check_routing,
     check_backprop,
 )

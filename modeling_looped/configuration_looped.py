@@ -29,6 +29,7 @@ from .loop_update import LOOP_UPDATES
 from .readout import READOUTS
 from .registry import LayerShape, Registry
 from .remote_code import AUTO_MAP, copy_code
+from .residual_streams import RESIDUAL_STREAMS
 from .schedule import SCHEDULES
 from .slots import SlotLayout
 from .state import STATE_INITS
@@ -48,6 +49,7 @@ STRATEGY_FIELDS: dict[str, Registry] = {
         HALTINGS,
         READOUTS,
         VALUE_EMBEDDINGS,
+        RESIDUAL_STREAMS,
         SCHEDULES,
     )
 }
@@ -229,6 +231,9 @@ class LoopedConfig(PreTrainedConfig):
             [readout.py].
         value_embedding (`dict` or `str`, defaults to `"none"`): token embeddings that are added to attention values:
             `none` or `gated` [value_embedding.py].
+        residual_streams (`dict` or `str`, defaults to `"none"`): how many residual streams run along the layers, and
+            how attention and MLP read and write them: `none` (one, to which they add), `hyper_connections` or `mhc`
+            [residual_streams.py].
         schedule (`dict` or `str`, defaults to `"flat"`): order of the core's layers and the states they work on:
             `flat` or `nested` [schedule.py].
         prefix_lm (`bool`, defaults to `False`): let the tokens whose `token_type_ids` are 1 see each other in both
@@ -316,6 +321,7 @@ class LoopedConfig(PreTrainedConfig):
     halting: Spec = "none"
     readout: Spec = "none"
     value_embedding: Spec = "none"
+    residual_streams: Spec = "none"
     schedule: Spec = "flat"
     backprop_loops: int | None = None
     checkpoint_granularity: str = "layer"

@@ -52,6 +52,7 @@ from .outputs import NO_FIELD, LoopedCausalLMOutput, LoopedModelOutput, hidden_s
 from .peft_defaults import offer_peft_defaults
 from .readout import READOUTS
 from .registry import BuildContext, SelfInitialised
+from .residual_streams import RESIDUAL_STREAMS
 from .rotary import LoopedRotaryEmbedding
 from .schedule import SCHEDULES
 from .slots import SlotLayout, Turn, checked_num_loops
@@ -169,6 +170,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         conditioning = LOOP_CONDITIONINGS.build(config.loop_conditioning, context)
         adapter = LOOP_ADAPTERS.build(config.loop_adapter, context)
         self.value_embeddings = VALUE_EMBEDDINGS.build(config.value_embedding, context)
+        self.residual_streams = RESIDUAL_STREAMS.build(config.residual_streams, context)
         # One list of the stored layers, so that the names, plans and regular expressions that the ecosystem writes for
         # `model.layers.<i>` mean the physical layers here too.
         self.layers = nn.ModuleList(
@@ -178,6 +180,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
                 conditioning.norm_rows if config.is_core_layer(layer) else None,
                 adapter if config.is_core_layer(layer) else None,
                 self.value_embeddings.gate(layer),
+                self.residual_streams.connections(layer, in_core=config.is_core_layer(layer)),
             )
             for layer in range(config.num_stored_layers)
         )
@@ -296,6 +299,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             if self.config.final_norm == "after_loops":
                 hidden_states = self.norm(hidden_states)
         hidden_states, _ = run(hidden_states, coda)
+        hidden_states = self.residual_streams.merge(hidden_states)
         if not core or coda or self.config.final_norm != "every_loop":
             hidden_states = self.norm(hidden_states)
         return LoopedModelOutput(
@@ -322,11 +326,14 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         """The recurrence. Returns what is read from it, and the states before the first loop and after each one (only
         the last, unless `keep_states`).
         """
+        prelude = self.residual_streams.carry(prelude)
         if self.prelude_norm is not None:
             prelude = self.prelude_norm(prelude)
         inject = self.injection(prelude)
-        state = self.state_init(prelude, positions)
+        state = self.residual_streams.carry(self.state_init(prelude, positions))
         if initial_state is not None:
+            if initial_state.ndim == 3:
+                initial_state = self.residual_streams.carry(initial_state)
             if initial_state.shape != state.shape:
                 raise ValueError(
                     f"initial_state has the shape {tuple(initial_state.shape)} and must have {tuple(state.shape)}: "
@@ -406,16 +413,19 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         """Stored layers `layers`, in loop `loop_idx`, as far as the first `num_slots` slots go.
 
         Args:
-            hidden_states: [B, S, D].
+            hidden_states: [B, S, D]; or streams [B, S, n, D], where the model carries several.
             layers: stored layers.
             loop_idx: from 0.
             key_values: where loops share keys and values, what the first loop of each of these layers attended to.
             layout, num_slots, masks, token_values, kwargs: of the forward.
 
         Returns:
-            [B, S, D], and the keys and values for the next loop (none where loops do not share them).
+            as `hidden_states`, and the keys and values for the next loop (none where loops do not share them).
         """
+        if not layers:
+            return hidden_states, ()
         attended: list[KeyValue] = []
+        hidden_states = self.residual_streams.spread(hidden_states, in_core=self.config.is_core_layer(layers[0]))
         for position, index in enumerate(layers):
             slot = layout.slot(index, loop_idx)
             if slot >= num_slots:
@@ -431,7 +441,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
                 attended.append(key_value)
             else:
                 hidden_states = output
-        return hidden_states, key_values or tuple(attended)
+        return self.residual_streams.leave(hidden_states), key_values or tuple(attended)
 
     def _layout(self, num_loops: int | None) -> SlotLayout:
         """Slots of a call with `num_loops` loops, after checking it.

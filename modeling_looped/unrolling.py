@@ -97,6 +97,8 @@ def blocking_loop_options(model: PreTrainedModel, config: LoopedConfig, layout: 
     blocking = {}
     if config.value_embedding["type"] != "none":
         blocking["value_embedding"] = "layers read the tokens again"
+    if config.residual_streams["type"] != "none":
+        blocking["residual_streams"] = "layers read and write several streams"
     if config.tie_word_embeddings and config.embedding_scale == 0.0:
         blocking["embedding_scale"] = "it would scale the tied head too"
     if config.prefix_lm:
@@ -107,7 +109,7 @@ def blocking_loop_options(model: PreTrainedModel, config: LoopedConfig, layout: 
         return blocking
     base = model.get_submodule("model")
     for field in STRATEGY_FIELDS:
-        if field in (LOOP_ADAPTERS.field, "value_embedding") or getattr(config, field)["type"] in ("none", "flat"):
+        if field == LOOP_ADAPTERS.field or field in blocking or getattr(config, field)["type"] in ("none", "flat"):
             continue  # every slot's own weights take the adapters in
         if not runs_layers_only(getattr(base, field, None), layout.loops):
             blocking[field] = WHAT_ELSE_A_LOOP_DOES.get(field, "a stack has no such thing")

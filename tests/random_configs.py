@@ -34,6 +34,8 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "damped": [{}, {"steps": 2}],
     "sinusoidal": [{}, {"positions": "every_loop"}],
     "gate": [{}, {"threshold": 0.4}, {"output": "expected"}],
+    "hyper_connections": [{}, {"span": "part"}],
+    "mhc": [{}, {"span": "part"}, {"mixing": "identity"}, {"sinkhorn_iterations": 2}],
     "act": [{"threshold": 0.7}, {"form": "universal", "threshold": 0.7}],
 }
 #: What `reference.py` does not compute: schedules beside the flat one, and routers.
@@ -111,6 +113,14 @@ def chosen_strategies(draw: st.DrawFn, fields: dict[str, Any]) -> dict[str, Any]
     if specs["loop_adapter"]["type"] == "lora":
         projections = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
         specs["loop_adapter"] |= {"rank": draw(st.integers(1, 3)), "targets": projections}
+    if specs["residual_streams"]["type"] != "none":
+        specs["residual_streams"] |= {
+            "num_streams": draw(st.integers(2, 4)),
+            "core_num_streams": draw(st.none() | st.integers(2, 4)),
+            "own_loops": draw(st.integers(1, 2)),
+        }
+        if specs["halting"]["type"] != "none" or fields["final_norm"] == "every_loop":
+            specs["residual_streams"]["span"] = "part"
     if specs["value_embedding"]["type"] == "gated":
         stored = sum(fields[f"num_{part}_layers"] for part in ("prelude", "core", "coda"))
         layers = draw(st.sets(st.integers(0, stored - 1), min_size=1, max_size=2))

@@ -12,6 +12,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from reference_streams import carried, connect, merge, spread
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -33,7 +34,7 @@ class Trace(NamedTuple):
 
     Attributes:
         hidden: the head's input [S, D].
-        states: the state before the first loop and after each one, T + 1 tensors [S, D].
+        states: the state before the first loop and after each one, T + 1 tensors [S, D] (or [S, n, D]).
         exit_loops: loops after which each token is read [S]; `None` where the last loop is read.
         exit_probabilities: each token's distribution of exits over the loops [S, T]; `None` as above.
         slots: keys and values [heads, S, K] of every attention invocation that makes its own, in the order of
@@ -106,9 +107,11 @@ def reference_trace(
     run = Run(w, config, tokens, rope, [], {})
 
     def layers(x: Tensor, indices: range, t: int = 0) -> Tensor:
-        for layer in indices:
-            x = block(run, layer, t, x)
-        return x
+        if len(indices) > 0:
+            x = spread(config, x, in_core=indices[0] in range(P, P + R))
+            for layer in indices:
+                x = block(run, layer, t, x)
+        return x if carried(config) else merge(x)
 
     def final_norm(x: Tensor) -> Tensor:
         return x if config.final_norm == "none" else norm(w, config, "norm", x)
@@ -117,8 +120,10 @@ def reference_trace(
     states: list[Tensor] = []
     exit_loops = exit_probabilities = None
     if R > 0:
+        x = spread(config, x, in_core=True) if carried(config) else x
         e = norm(w, config, "prelude_norm", x) if config.prelude_norm else x
         s = initial_state(config, e, positions)
+        s = spread(config, s, in_core=True) if carried(config) else s
         states.append(s)
         inputs: list[Tensor] = []
         G = config.core_group_size or R
@@ -139,7 +144,7 @@ def reference_trace(
             x = x @ w["readout.weight"].T
         if config.final_norm == "after_loops":
             x = final_norm(x)
-    x = layers(x, range(P + R, P + R + C))
+    x = merge(layers(x, range(P + R, P + R + C)))
     state_is_normed = R > 0 and C == 0 and config.final_norm == "every_loop"
     return Trace(x if state_is_normed else final_norm(x), states, exit_loops, exit_probabilities, run.slots)
 
@@ -224,9 +229,10 @@ def condition(w: dict[str, Tensor], config: LoopedConfig, t: int, positions: Ten
     if spec["type"] == "embedding":
         return x + last_row(w["loop_conditioning.embedding"], t)
     if spec["type"] == "sinusoidal":
-        signal = time_signal(float(t), x.shape[-1]).expand(x.shape)
+        signal = time_signal(float(t), x.shape[-1]).expand(len(x), -1)
         if spec["positions"] == "every_loop":
             signal = signal + torch.stack([time_signal(float(i), x.shape[-1]) for i in positions])
+        signal = signal.reshape(len(x), *[1] * (x.ndim - 2), -1)
         return x + spec["scale"] * signal
     return x
 
@@ -326,22 +332,23 @@ def last_row(table: Tensor, t: int) -> Tensor:
 
 
 def block(run: Run, layer: int, t: int, x: Tensor) -> Tensor:
-    """One layer on the residual stream x [S, D], in loop t."""
+    """One layer on the residual stream x [S, D], or streams [S, n, D], in loop t."""
     w, config, prefix = run.w, run.config, f"layers.{layer}."
 
     def normed(name: str, branch: Tensor) -> Tensor:
         return norm(w, config, prefix + name, branch, t)
 
-    def place(x: Tensor, f, before: str, after: str) -> Tensor:
+    def place(x: Tensor, branch: str, f, before: str, after: str) -> Tensor:
+        x, plus = connect(w, config, layer, branch, t, x)
         if config.norm_placement == "pre":
-            return x + f(normed(before, x))
+            return plus(f(normed(before, x)))
         if config.norm_placement == "sandwich":
-            return x + normed(after, f(normed(before, x)))
+            return plus(normed(after, f(normed(before, x))))
         if config.norm_placement == "sandwich_sum":
-            return normed(after, x + f(normed(before, x)))
+            return normed(after, plus(f(normed(before, x))))
         if config.norm_placement == "post":
-            return normed(after, x + f(x))
-        return x + normed(after, f(x))
+            return normed(after, plus(f(x)))
+        return plus(normed(after, f(x)))
 
     def attend(branch: Tensor) -> Tensor:
         return attention(run, layer, t, branch)
@@ -356,8 +363,8 @@ def block(run: Run, layer: int, t: int, x: Tensor) -> Tensor:
         output = project(w, config, prefix + "mlp.", "down_proj", t, wide)
         return output if config.mlp_output_act is None else ACTIVATIONS[config.mlp_output_act](output)
 
-    x = place(x, attend, "input_layernorm", "post_attention_layernorm")
-    return place(x, feed, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+    x = place(x, "attention", attend, "input_layernorm", "post_attention_layernorm")
+    return place(x, "mlp", feed, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
 def loop_weight(w: dict[str, Tensor], name: str, t: int, kind: str = "weight") -> Tensor:

@@ -396,7 +396,19 @@ def test_released_parcae_sizes_all_have_value_embeddings_in_the_layers_of_odd_nu
         ("ouro", OURO, {"early_exit_threshold": 1.5}, r"halting: type 'gate': threshold=1\.5"),
         ("ouro", OURO, {"mixture": 3}, r"mixture=3 \(not a field that is known; --set mixture=null if"),
         ("ouro", OURO, {"quantization_config": {"bits": 4}}, r"quantization_config \(only plain weights"),
-        ("nanbeige", NANBEIGE, {"enable_hyper_connection": True}, r"enable_hyper_connection=True \(several residual"),
+        ("nanbeige", NANBEIGE, {"enable_mhc": True}, r"enable_mhc=True \(their code wants enable_hyper_connection"),
+        (
+            "nanbeige",
+            {**NANBEIGE, "enable_hyper_connection": True},
+            {"enable_h_res_identity": True},
+            r"enable_h_res_identity=True \(its projections have rows that nothing reads",
+        ),
+        (
+            "nanbeige",
+            {**NANBEIGE, "enable_hyper_connection": True, "enable_mhc": True},
+            {"mhc_diff_for_loop": True},
+            r"mhc_diff_for_loop=True \(their code wants enable_double_loop_split",
+        ),
         (
             "nanbeige",
             NANBEIGE,
