@@ -303,6 +303,29 @@ def check_residual_streams(config: LoopedConfig) -> None:
             )
 
 
+def check_depth_attention(config: LoopedConfig) -> None:
+    """Layers that read each other's keys and values have them of one shape, and all of them."""
+    if config.depth_attention["type"] == "none":
+        return
+    named = f"depth_attention={config.depth_attention['type']!r}"
+    if config.kv_sharing != "none":
+        raise ValueError(
+            f"kv_sharing={config.kv_sharing!r} with {named}: values are mixed anew in every loop, and shared ones are "
+            "not; use kv_sharing='none'."
+        )
+    heads = {config.layer_shape(layer).num_key_value_heads for layer in range(config.num_stored_layers)}
+    if len(heads) > 1:
+        raise ValueError(
+            f"core_num_key_value_heads={config.core_num_key_value_heads} with {named}: all layers need as many, "
+            f"num_key_value_heads={config.num_key_value_heads}."
+        )
+    if config.num_core_layers and issubclass(HALTINGS[config.halting["type"]], Router):
+        raise ValueError(
+            f"halting={config.halting['type']!r} with {named}: a token that sits out a loop has no values there; use "
+            "another halting."
+        )
+
+
 def check_routing(config: LoopedConfig) -> None:
     """A router decides who takes part in a loop; what else would decide about the state has no say beside it."""
     if config.num_core_layers == 0 or not issubclass(HALTINGS[config.halting["type"]], Router):
@@ -368,6 +391,7 @@ CHECKS = (
     check_prelude_enters,
     check_strategies,
     check_residual_streams,
+    check_depth_attention,
     check_routing,
     check_backprop,
 )

@@ -22,6 +22,7 @@ from .config_checks import (
     counts_are_valid,
     counts_message,
 )
+from .depth_attention import DEPTH_ATTENTIONS
 from .halting import HALTINGS
 from .injection import INJECTIONS
 from .loop_adapter import LOOP_ADAPTERS
@@ -50,6 +51,7 @@ STRATEGY_FIELDS: dict[str, Registry] = {
         READOUTS,
         VALUE_EMBEDDINGS,
         RESIDUAL_STREAMS,
+        DEPTH_ATTENTIONS,
         SCHEDULES,
     )
 }
@@ -234,6 +236,8 @@ class LoopedConfig(PreTrainedConfig):
         residual_streams (`dict` or `str`, defaults to `"none"`): how many residual streams run along the layers, and
             how attention and MLP read and write them: `none` (one, to which they add), `hyper_connections` or `mhc`
             [residual_streams.py].
+        depth_attention (`dict` or `str`, defaults to `"none"`): values of earlier layers that a layer's values are
+            mixed with: `none` or `anchors` [depth_attention.py].
         schedule (`dict` or `str`, defaults to `"flat"`): order of the core's layers and the states they work on:
             `flat` or `nested` [schedule.py].
         prefix_lm (`bool`, defaults to `False`): let the tokens whose `token_type_ids` are 1 see each other in both
@@ -322,6 +326,7 @@ class LoopedConfig(PreTrainedConfig):
     readout: Spec = "none"
     value_embedding: Spec = "none"
     residual_streams: Spec = "none"
+    depth_attention: Spec = "none"
     schedule: Spec = "flat"
     backprop_loops: int | None = None
     checkpoint_granularity: str = "layer"

@@ -77,11 +77,12 @@ class LoopedDecoderLayer(GradientCheckpointingLayer):
         adapter: LoopAdapter | None = None,
         value_gate: nn.Linear | None = None,
         residual_streams: nn.ModuleDict | None = None,
+        is_anchor: bool = False,
     ):
         super().__init__()
         self.layer = layer
         self.residual_streams = residual_streams
-        self.self_attn = LoopedAttention(config, layer, norm_rows, adapter, value_gate)
+        self.self_attn = LoopedAttention(config, layer, norm_rows, adapter, value_gate, is_anchor)
         self.mlp = LoopedMLP(config, layer, adapter)
         width = config.layer_shape(layer).hidden_size
 
@@ -90,6 +91,7 @@ class LoopedDecoderLayer(GradientCheckpointingLayer):
 
         has_pre = config.norm_placement in ("pre", "sandwich", "sandwich_sum")
         has_post = config.norm_placement != "pre"
+        self.is_anchor = is_anchor
         self.shares_key_values = config.kv_sharing != "none" and config.is_core_layer(layer)
         self.norms_sum = config.norm_placement in ("post", "sandwich_sum")
         self.input_layernorm = norm(has_pre)
@@ -121,9 +123,9 @@ class LoopedDecoderLayer(GradientCheckpointingLayer):
             kwargs: for the attention.
 
         Returns:
-            the residual stream, or streams; with it, where loops share them, the keys and values attended to. They
-            travel from loop to loop as arguments and results, never through the cache, so that a call without a cache
-            and one that recomputes its layers are the same function.
+            the residual stream, or streams; with it, where loops share them, the keys and values attended to, and from
+            an anchor of depth attention those of this call's tokens. They travel as arguments and results, never
+            through the cache, so that a call without a cache and one that recomputes its layers are the same function.
         """
         branch, mapping = hidden_states, None
         if self.residual_streams is not None:
@@ -142,7 +144,7 @@ class LoopedDecoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = self._join(hidden_states, branch, self.post_attention_layernorm, loop_idx, mapping)
         hidden_states = self.feed_forward(hidden_states, loop_idx)
-        return (hidden_states, attended) if self.shares_key_values else hidden_states
+        return (hidden_states, attended) if self.shares_key_values or self.is_anchor else hidden_states
 
     def feed_forward(self, hidden_states: Tensor, loop_idx: int) -> Tensor:
         """The MLP half of the block."""

@@ -31,6 +31,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .attention import LoopedAttention
 from .conditioning import LOOP_CONDITIONINGS
 from .configuration_looped import LoopedConfig, refuse_foreign_loop_names
+from .depth_attention import DEPTH_ATTENTIONS
 from .embeddings import LoopedEmbeddingMixin
 from .generation import LoopedGenerationMixin
 from .halting import HALTINGS, Readings, Route, Step
@@ -62,7 +63,8 @@ from .value_embedding import VALUE_EMBEDDINGS
 
 logger = logging.get_logger(__name__)
 
-#: What running layers gives: the residual stream, and the keys and values that their later loops read again.
+#: What running layers gives: the residual stream, and the keys and values that their later loops read again, or all
+#: layers after them.
 LayersOutput = tuple[Tensor, tuple[KeyValue, ...]]
 
 
@@ -171,6 +173,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         adapter = LOOP_ADAPTERS.build(config.loop_adapter, context)
         self.value_embeddings = VALUE_EMBEDDINGS.build(config.value_embedding, context)
         self.residual_streams = RESIDUAL_STREAMS.build(config.residual_streams, context)
+        self.depth_attention = DEPTH_ATTENTIONS.build(config.depth_attention, context)
         # One list of the stored layers, so that the names, plans and regular expressions that the ecosystem writes for
         # `model.layers.<i>` mean the physical layers here too.
         self.layers = nn.ModuleList(
@@ -181,6 +184,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
                 adapter if config.is_core_layer(layer) else None,
                 self.value_embeddings.gate(layer),
                 self.residual_streams.connections(layer, in_core=config.is_core_layer(layer)),
+                self.depth_attention.is_anchor(layer),
             )
             for layer in range(config.num_stored_layers)
         )
@@ -283,10 +287,11 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         )
 
         prelude, core, coda = layout.stored_ranges()
-        (hidden_states, _), states, readings = run(embeds, prelude), None, None
+        (hidden_states, key_values), states, readings = run(embeds, prelude), None, None
         if core:
-            readings, states = self._run_loops(
+            readings, states, key_values = self._run_loops(
                 hidden_states,
+                key_values,
                 initial_state,
                 positions,
                 valid,
@@ -298,7 +303,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             hidden_states = self.readout(readings.output)
             if self.config.final_norm == "after_loops":
                 hidden_states = self.norm(hidden_states)
-        hidden_states, _ = run(hidden_states, coda)
+        hidden_states, _ = run(hidden_states, coda, key_values=key_values if self.depth_attention.mixes else ())
         hidden_states = self.residual_streams.merge(hidden_states)
         if not core or coda or self.config.final_norm != "every_loop":
             hidden_states = self.norm(hidden_states)
@@ -315,6 +320,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
     def _run_loops(
         self,
         prelude: Tensor,
+        key_values: tuple[KeyValue, ...],
         initial_state: Tensor | None,
         positions: Tensor,
         valid: Tensor | None,
@@ -322,9 +328,9 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         layout: SlotLayout,
         run: Callable[..., LayersOutput],
         keep_states: bool,
-    ) -> tuple[Readings, tuple[Tensor, ...]]:
-        """The recurrence. Returns what is read from it, and the states before the first loop and after each one (only
-        the last, unless `keep_states`).
+    ) -> tuple[Readings, tuple[Tensor, ...], tuple[KeyValue, ...]]:
+        """The recurrence. Returns what is read from it, the states before the first loop and after each one (only
+        the last, unless `keep_states`), and the keys and values that the last turn left.
         """
         prelude = self.residual_streams.carry(prelude)
         if self.prelude_norm is not None:
@@ -350,10 +356,9 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         # Truncated backpropagation: the leading loops only find a state to start from.
         detached = layout.loops - (self.config.backprop_loops or layout.loops) if self.training else 0
         kept, readings, streams = (state,), self.halting.start(state), self.schedule(state)
-        key_values: tuple[KeyValue, ...] = ()
         for turn in turns:
-            if turn.loop == 0:
-                key_values = ()
+            if turn.loop == 0 and not self.depth_attention.mixes:
+                key_values = ()  # each group of layers shares its own
             with torch.set_grad_enabled(torch.is_grad_enabled() and turn.outer_loop >= detached):
                 route = None
                 if valid is not None:
@@ -367,7 +372,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
                     is_last = turn is turns[-1]
                     readings = self.halting(readings.to(taken.state.device), taken, turn.outer_loop, is_last)
                     kept = (*kept, taken.state) if keep_states else kept
-        return (readings if turns else Readings(state)), kept
+        return (readings if turns else Readings(state)), kept, key_values
 
     def _step(
         self,
@@ -416,14 +421,17 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             hidden_states: [B, S, D]; or streams [B, S, n, D], where the model carries several.
             layers: stored layers.
             loop_idx: from 0.
-            key_values: where loops share keys and values, what the first loop of each of these layers attended to.
+            key_values: where loops share keys and values, what the first loop of each of these layers attended to;
+                with depth attention, what all anchors so far had.
             layout, num_slots, masks, token_values, kwargs: of the forward.
 
         Returns:
-            as `hidden_states`, and the keys and values for the next loop (none where loops do not share them).
+            as `hidden_states`, and the keys and values for the next loop, or for later layers (none
+            where nobody reads them again).
         """
         if not layers:
-            return hidden_states, ()
+            return hidden_states, key_values
+        mixes = self.depth_attention.mixes
         attended: list[KeyValue] = []
         hidden_states = self.residual_streams.spread(hidden_states, in_core=self.config.is_core_layer(layers[0]))
         for position, index in enumerate(layers):
@@ -433,12 +441,17 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             layer = self.layers[index]
             if token_values:
                 kwargs["token_value"] = token_values.get(index)
-            shared = (key_values[position],) if key_values else ()
+            if mixes:
+                kwargs["anchors"] = key_values
+            shared = (key_values[position],) if key_values and not mixes else ()
             mask = masks[self.stored_types[index]]
             output = layer(hidden_states, slot, loop_idx, *shared, attention_mask=mask, **kwargs)
             if layer.shares_key_values:
                 hidden_states, key_value = output
                 attended.append(key_value)
+            elif layer.is_anchor:
+                hidden_states, key_value = output
+                key_values = (*key_values, key_value)
             else:
                 hidden_states = output
         return self.residual_streams.leave(hidden_states), key_values or tuple(attended)

@@ -99,6 +99,8 @@ def blocking_loop_options(model: PreTrainedModel, config: LoopedConfig, layout: 
         blocking["value_embedding"] = "layers read the tokens again"
     if config.residual_streams["type"] != "none":
         blocking["residual_streams"] = "layers read and write several streams"
+    if config.depth_attention["type"] != "none":
+        blocking["depth_attention"] = "layers read the values of earlier ones"
     if config.tie_word_embeddings and config.embedding_scale == 0.0:
         blocking["embedding_scale"] = "it would scale the tied head too"
     if config.prefix_lm:

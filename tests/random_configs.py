@@ -34,6 +34,7 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "damped": [{}, {"steps": 2}],
     "sinusoidal": [{}, {"positions": "every_loop"}],
     "gate": [{}, {"threshold": 0.4}, {"output": "expected"}],
+    "anchors": [{}, {"stride": 1}],
     "hyper_connections": [{}, {"span": "part"}],
     "mhc": [{}, {"span": "part"}, {"mixing": "identity"}, {"sinkhorn_iterations": 2}],
     "act": [{"threshold": 0.7}, {"form": "universal", "threshold": 0.7}],
@@ -121,6 +122,8 @@ def chosen_strategies(draw: st.DrawFn, fields: dict[str, Any]) -> dict[str, Any]
         }
         if specs["halting"]["type"] != "none" or fields["final_norm"] == "every_loop":
             specs["residual_streams"]["span"] = "part"
+    if fields["kv_sharing"] != "none" or "core_num_key_value_heads" in fields:
+        specs["depth_attention"] = {"type": "none"}
     if specs["value_embedding"]["type"] == "gated":
         stored = sum(fields[f"num_{part}_layers"] for part in ("prelude", "core", "coda"))
         layers = draw(st.sets(st.integers(0, stored - 1), min_size=1, max_size=2))

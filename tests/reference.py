@@ -55,6 +55,7 @@ class Run(NamedTuple):
         w, config, tokens: as `reference_trace` was given them.
         rope: of the positions; `None`: no rotation.
         slots: as in `Trace`, in the making.
+        anchors: with depth attention, keys and values [heads, S, K] of its anchors so far.
         held: where loops share keys and values, those of each core layer's first loop.
     """
 
@@ -63,6 +64,7 @@ class Run(NamedTuple):
     tokens: Tensor
     rope: tuple[Tensor, Tensor] | None
     slots: list[tuple[Tensor, Tensor]]
+    anchors: list[tuple[Tensor, Tensor]]
     held: dict[int, tuple[Tensor, Tensor]]
 
 
@@ -104,7 +106,7 @@ def reference_trace(
     P, R, C = config.num_prelude_layers, config.num_core_layers, config.num_coda_layers
     positions = torch.arange(len(tokens)) if positions is None else positions
     rope = rope_angles(config, positions) if config.position_embedding == "rope" else None
-    run = Run(w, config, tokens, rope, [], {})
+    run = Run(w, config, tokens, rope, [], [], {})
 
     def layers(x: Tensor, indices: range, t: int = 0) -> Tensor:
         if len(indices) > 0:
@@ -396,6 +398,10 @@ def attention(run: Run, layer: int, t: int, x: Tensor) -> Tensor:
         keys, values = run.held[layer]
     else:
         keys, values = heads(w, config, prefix, "k", t, x, run.rope), value_heads(run, layer, t, x)
+        if config.depth_attention["type"] == "anchors":
+            values = mix_depth(queries, keys, values, run.anchors)
+            if layer % config.depth_attention["stride"] == 0:
+                run.anchors.append((keys, values))
         run.slots.append((keys, values))
         core = range(config.num_prelude_layers, config.num_prelude_layers + config.num_core_layers)
         if config.kv_sharing == "first_loop" and layer in core:
@@ -449,6 +455,20 @@ def value_heads(run: Run, layer: int, t: int, x: Tensor) -> Tensor:
             gate = 2 / (1 + torch.exp(-(x[:, : spec["gate_channels"]] @ row)))
             values[head] = values[head] + gate[:, None] * embedded[head]
     return clip(config, torch.stack(values))
+
+
+def mix_depth(queries: Tensor, keys: Tensor, values: Tensor, anchors: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Values [heads, S, K], each mixed with those that the anchors had for the same head and token."""
+    mixed = torch.empty_like(values)
+    group = len(queries) // len(keys)
+    for head in range(len(keys)):
+        for s in range(keys.shape[1]):
+            q = sum(queries[head * group : (head + 1) * group, s]) / group
+            sources = [(key[head, s], value[head, s]) for key, value in [*anchors, (keys, values)]]
+            weights = [torch.exp(q @ key / math.sqrt(len(q))) for key, _ in sources]
+            mixture = sum(weight * value for weight, (_, value) in zip(weights, sources, strict=True))
+            mixed[head, s] = mixture / sum(weights)
+    return mixed
 
 
 def clip(config: LoopedConfig, x: Tensor) -> Tensor:

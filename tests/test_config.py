@@ -149,6 +149,18 @@ REFUSED = {
         {"residual_streams": {"type": "mhc", "num_streams": 1}},
         ["residual_streams: type 'mhc': num_streams=1 must be at least 2"],
     ),
+    "depth_sharing": (
+        {"depth_attention": "anchors", "kv_sharing": "first_loop"},
+        ["kv_sharing='first_loop' with depth_attention='anchors'", "use kv_sharing='none'"],
+    ),
+    "depth_heads": (
+        {"depth_attention": "anchors", "core_num_key_value_heads": 4},
+        ["core_num_key_value_heads=4 with depth_attention='anchors'", "num_key_value_heads=2"],
+    ),
+    "depth_routing": (
+        {"depth_attention": "anchors", "halting": "token_choice"},
+        ["halting='token_choice' with depth_attention='anchors'"],
+    ),
     "truncation": (
         {"backprop_loops": 1, "injection": "none", "state_init": "input"},
         ["backprop_loops=1", "injection='none'", "diagonal, add, concat"],
@@ -163,6 +175,7 @@ REFUSED_TOGETHER = [
     *(f"core_width_and_{name}" for name in ("injection", "state", "skip", "readout", "norm")),
     *("narrow_embeddings_tied", "narrow_embeddings_linear_head", "value_layer", "value_gate"),
     *("streams_halting", "streams_norm", "streams_of_a_stack"),
+    *("depth_sharing", "depth_heads", "depth_routing"),
 ]
 #: `narrow` is wrong only while head_dim follows from hidden_size, and `no_layers` is refused at its last write.
 REFUSED_AT_ONCE = [name for name in REFUSED if name not in (*REFUSED_TOGETHER, "narrow", "no_layers")]

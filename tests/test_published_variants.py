@@ -412,8 +412,8 @@ def test_released_parcae_sizes_all_have_value_embeddings_in_the_layers_of_odd_nu
         (
             "nanbeige",
             NANBEIGE,
-            {"enable_depth_attention": True},
-            r"enable_depth_attention=True \(attention over earlier",
+            {"enable_depth_attention": True, "depth_attention_recent_window": 2},
+            r"depth_attention_recent_window=2 \(supported: 0",
         ),
         ("nanbeige", NANBEIGE, {"emb_neighbor_num": 3}, r"emb_neighbor_num=3 \(n-gram embeddings"),
         ("nanbeige", NANBEIGE, {"loop_share_kv": True}, r"loop_share_kv=True \(their code wants"),

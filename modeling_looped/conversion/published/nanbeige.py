@@ -16,7 +16,6 @@ from .source_config import SourceConfig
 
 #: Switches of what no looped layer has -> what it is.
 FOREIGN = {
-    "enable_depth_attention": "attention over earlier layers",
     "emb_neighbor_num": "n-gram embeddings",
     "insert_ngram_layer_idx": "n-gram embeddings",
     "ngram_insert_all_layers": "n-gram embeddings",
@@ -24,9 +23,6 @@ FOREIGN = {
 
 #: What only matters once one of those is on.
 OF_FOREIGN = (
-    "depth_attention_recent_window",
-    "depth_attention_static_anchor_once",
-    "depth_attention_stride",
     "emb_split_num",
     "emb_tp_num",
     "ngram_compressed_tokenizer",
@@ -59,6 +55,7 @@ class Nanbeige(PublishedFamily):
             **llama_fields(config),
             **order,
             "residual_streams": residual_streams(config, order),
+            "depth_attention": depth_attention(config),
             "attention_bias": biased,
             "attention_output_bias": biased,
             "mlp_bias": config.take("mlp_bias", False),
@@ -142,6 +139,20 @@ def residual_streams(config: SourceConfig, order: Mapping[str, Any]) -> dict[str
         mixing = "identity" if identity else "sinkhorn"
         spec |= {"mixing": mixing, "sinkhorn_iterations": iterations, "initial_logit": 20.0}
     return spec
+
+
+def depth_attention(config: SourceConfig) -> dict[str, Any] | str:
+    """Depth attention, if there is any. Their code never reads `depth_attention_static_anchor_once`."""
+    config.ignore("depth_attention_static_anchor_once")
+    stride = config.take("depth_attention_stride", None) or (config.values.get("num_hidden_layers") or 2) // 2
+    window = config.take("depth_attention_recent_window", 0)
+    if not config.take("enable_depth_attention", False):
+        return "none"
+    if window:
+        config.refuse("depth_attention_recent_window", "supported: 0")
+    if config.values.get("loop_share_kv"):
+        config.refuse("loop_share_kv", "with enable_depth_attention their code cannot generate; supported: off")
+    return {"type": "anchors", "stride": stride}
 
 
 #: Branch of a layer -> what its connections are called there.
