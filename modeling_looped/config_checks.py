@@ -214,6 +214,11 @@ def check_embeddings(config: LoopedConfig) -> None:
             f"embedding_size={config.embedding_size} with tie_word_embeddings=True needs mlm_head='transform', which "
             "maps the hidden states to that width."
         )
+    if config.ngram_embedding["type"] != "none" and config.embedding_size is not None:
+        raise ValueError(
+            f"ngram_embedding={config.ngram_embedding['type']!r} with embedding_size={config.embedding_size}: n-grams "
+            "are added to token embeddings of hidden_size; use embedding_size=None."
+        )
     layers = config.value_embedding.get("layers", ())
     if max(layers, default=-1) >= config.num_stored_layers:
         raise ValueError(f"value_embedding: layers={layers} must be stored layers, 0..{config.num_stored_layers - 1}.")

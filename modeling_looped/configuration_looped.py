@@ -27,6 +27,7 @@ from .halting import HALTINGS
 from .injection import INJECTIONS
 from .loop_adapter import LOOP_ADAPTERS
 from .loop_update import LOOP_UPDATES
+from .ngram_embedding import NGRAM_EMBEDDINGS
 from .readout import READOUTS
 from .registry import LayerShape, Registry
 from .remote_code import AUTO_MAP, copy_code
@@ -50,6 +51,7 @@ STRATEGY_FIELDS: dict[str, Registry] = {
         HALTINGS,
         READOUTS,
         VALUE_EMBEDDINGS,
+        NGRAM_EMBEDDINGS,
         RESIDUAL_STREAMS,
         DEPTH_ATTENTIONS,
         SCHEDULES,
@@ -233,6 +235,8 @@ class LoopedConfig(PreTrainedConfig):
             [readout.py].
         value_embedding (`dict` or `str`, defaults to `"none"`): token embeddings that are added to attention values:
             `none` or `gated` [value_embedding.py].
+        ngram_embedding (`dict` or `str`, defaults to `"none"`): embeddings of the last few tokens that are added to
+            those of the token: `none` or `hashed` [ngram_embedding.py].
         residual_streams (`dict` or `str`, defaults to `"none"`): how many residual streams run along the layers, and
             how attention and MLP read and write them: `none` (one, to which they add), `hyper_connections` or `mhc`
             [residual_streams.py].
@@ -325,6 +329,7 @@ class LoopedConfig(PreTrainedConfig):
     halting: Spec = "none"
     readout: Spec = "none"
     value_embedding: Spec = "none"
+    ngram_embedding: Spec = "none"
     residual_streams: Spec = "none"
     depth_attention: Spec = "none"
     schedule: Spec = "flat"

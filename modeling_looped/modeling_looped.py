@@ -48,6 +48,7 @@ from .inputs import (
 from .layers import KeyValue, LoopedDecoderLayer
 from .loop_adapter import LOOP_ADAPTERS
 from .loop_update import LOOP_UPDATES
+from .ngram_embedding import NGRAM_EMBEDDINGS, note_tokens, tokens_before
 from .norms import build_norm
 from .outputs import NO_FIELD, LoopedCausalLMOutput, LoopedModelOutput, hidden_states_of_the_call
 from .peft_defaults import offer_peft_defaults
@@ -172,6 +173,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         conditioning = LOOP_CONDITIONINGS.build(config.loop_conditioning, context)
         adapter = LOOP_ADAPTERS.build(config.loop_adapter, context)
         self.value_embeddings = VALUE_EMBEDDINGS.build(config.value_embedding, context)
+        self.ngram_embedding = NGRAM_EMBEDDINGS.build(config.ngram_embedding, context)
         self.residual_streams = RESIDUAL_STREAMS.build(config.residual_streams, context)
         self.depth_attention = DEPTH_ATTENTIONS.build(config.depth_attention, context)
         # One list of the stored layers, so that the names, plans and regular expressions that the ecosystem writes for
@@ -225,6 +227,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         num_loops: int | None = None,
         initial_state: torch.FloatTensor | None = None,
         output_loop_hidden_states: bool = False,
+        previous_input_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
     ) -> LoopedModelOutput:
         r"""
@@ -234,6 +237,9 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             State before the first loop, in place of what `config.state_init` makes.
         output_loop_hidden_states (`bool`, *optional*, defaults to `False`):
             Whether to return `loop_hidden_states`, the state before the first loop and after each one.
+        previous_input_ids (`torch.LongTensor` of shape `(batch_size, tokens)`, *optional*):
+            With `config.ngram_embedding`, the ids of the last tokens before `input_ids`. `generate` passes them; else
+            they are needed only with a cache that was reordered, cropped or copied since its last call.
         """
         refuse_foreign_loop_names(kwargs, "forward")
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -268,7 +274,8 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         masks = attention_masks(
             self.config, self.stored_types, embeds, attention_mask, positions, given_cache, token_type_ids
         )
-        embeds = self.embed(embeds, positions, token_type_ids)
+        before = tokens_before(self.ngram_embedding, previous_input_ids, given_cache)
+        embeds = self.embed(self.ngram_embedding(embeds, input_ids, before, positions), positions, token_type_ids)
         rotary = None
         if self.config.position_embedding == "rope":
             cos, sin = self.rotary_emb(embeds, positions)
@@ -304,6 +311,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             if self.config.final_norm == "after_loops":
                 hidden_states = self.norm(hidden_states)
         hidden_states, _ = run(hidden_states, coda, key_values=key_values if self.depth_attention.mixes else ())
+        note_tokens(self.ngram_embedding, input_ids, before, past_key_values)
         hidden_states = self.residual_streams.merge(hidden_states)
         if not core or coda or self.config.final_norm != "every_loop":
             hidden_states = self.norm(hidden_states)

@@ -97,6 +97,8 @@ def blocking_loop_options(model: PreTrainedModel, config: LoopedConfig, layout: 
     blocking = {}
     if config.value_embedding["type"] != "none":
         blocking["value_embedding"] = "layers read the tokens again"
+    if config.ngram_embedding["type"] != "none":
+        blocking["ngram_embedding"] = "embeddings of the tokens before"
     if config.residual_streams["type"] != "none":
         blocking["residual_streams"] = "layers read and write several streams"
     if config.depth_attention["type"] != "none":

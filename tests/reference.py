@@ -155,7 +155,7 @@ def embed(
     w: dict[str, Tensor], config: LoopedConfig, tokens: Tensor, positions: Tensor, token_types: Tensor | None
 ) -> Tensor:
     """The prelude's input [S, D]."""
-    x = config.embedding_scale * w["embed_tokens.weight"][tokens]
+    x = config.embedding_scale * ngrams(w, config, tokens, w["embed_tokens.weight"][tokens])
     if config.type_vocab_size > 0:
         x = x + w["token_type_embeddings.weight"][torch.zeros_like(tokens) if token_types is None else token_types]
     if config.position_embedding == "learned":
@@ -167,6 +167,29 @@ def embed(
         if config.embedding_projection_bias:
             x = x + w["embedding_projection.bias"]
     return x
+
+
+def ngrams(w: dict[str, Tensor], config: LoopedConfig, tokens: Tensor, x: Tensor) -> Tensor:
+    """Token embeddings x [S, D] with those of the n-grams that end in each token."""
+    spec, fused = config.ngram_embedding, []
+    if spec["type"] == "none":
+        return x
+    per_n = len(spec["table_sizes"]) // (spec["max_n"] - 1)
+    for s in range(len(tokens)):
+        rows = []
+        for i, size in enumerate(spec["table_sizes"]):
+            hashed, n = int(tokens[s]), i // per_n + 2
+            for j in range(1, n):
+                if s - j < 0 or int(tokens[s - j]) == spec["boundary_token_id"]:
+                    break
+                hashed += spec["hash_base"] ** j * int(tokens[s - j])
+            rows.append(w[f"ngram_embedding.tables.{i}.weight"][hashed % size])
+        if spec["fusion"] == "concat":
+            fused.append(x[s] + w["ngram_embedding.projections.0.weight"] @ torch.cat(rows))
+        else:
+            parts = [w[f"ngram_embedding.projections.{i}.weight"] @ row for i, row in enumerate(rows)]
+            fused.append((x[s] + sum(parts)) / (1 + len(rows)))
+    return torch.stack(fused)
 
 
 def norm(w: dict[str, Tensor], config: LoopedConfig, name: str, x: Tensor, t: int = 0) -> Tensor:

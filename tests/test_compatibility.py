@@ -19,6 +19,8 @@ ENCODERS = {"albert"}
 LOOKS_AHEAD = {"mor_expert"}
 GENERATES = [name for name in FIXTURES if name not in ENCODERS]
 CACHES = [name for name in GENERATES if name not in LOOKS_AHEAD]
+#: The hash of n-grams needs tokens that a paged cache does not hand to a step (refused: test_ngram_embedding.py).
+PAGES = [name for name in CACHES if name != "nanbeige_ngram"]
 GREEDY = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0, "eos_token_id": None}
 
 
@@ -89,7 +91,7 @@ def test_a_static_cache_gives_the_same_tokens(model):
     )
 
 
-@pytest.mark.parametrize("model", CACHES, indirect=True)
+@pytest.mark.parametrize("model", PAGES, indirect=True)
 @torch.no_grad()
 def test_continuous_batching_gives_the_same_tokens(model):
     rows = [prompts()[0].tolist(), prompts()[1, :5].tolist()]

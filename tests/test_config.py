@@ -161,6 +161,14 @@ REFUSED = {
         {"depth_attention": "anchors", "halting": "token_choice"},
         ["halting='token_choice' with depth_attention='anchors'"],
     ),
+    "narrow_ngrams": (
+        {"ngram_embedding": "hashed", "embedding_size": 16},
+        ["ngram_embedding='hashed' with embedding_size=16", "use embedding_size=None"],
+    ),
+    "ngram_tables": (
+        {"ngram_embedding": {"type": "hashed", "table_sizes": [5, 7, 11]}},
+        ["ngram_embedding: type 'hashed': table_sizes=[5, 7, 11]", "a multiple of max_n - 1 = 2"],
+    ),
     "truncation": (
         {"backprop_loops": 1, "injection": "none", "state_init": "input"},
         ["backprop_loops=1", "injection='none'", "diagonal, add, concat"],
@@ -175,7 +183,7 @@ REFUSED_TOGETHER = [
     *(f"core_width_and_{name}" for name in ("injection", "state", "skip", "readout", "norm")),
     *("narrow_embeddings_tied", "narrow_embeddings_linear_head", "value_layer", "value_gate"),
     *("streams_halting", "streams_norm", "streams_of_a_stack"),
-    *("depth_sharing", "depth_heads", "depth_routing"),
+    *("depth_sharing", "depth_heads", "depth_routing", "narrow_ngrams"),
 ]
 #: `narrow` is wrong only while head_dim follows from hidden_size, and `no_layers` is refused at its last write.
 REFUSED_AT_ONCE = [name for name in REFUSED if name not in (*REFUSED_TOGETHER, "narrow", "no_layers")]

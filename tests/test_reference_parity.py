@@ -55,6 +55,10 @@ MORE_VARIANTS = {
         "qkv_clip": 0.4,
         "value_embedding": {"type": "gated", "layers": [2], "gate_channels": 3},
     },
+    "ngrams_concat": {
+        "ngram_embedding": {"type": "hashed", "max_n": 4, "table_sizes": [31, 37, 41], "width": 9, "fusion": "concat"},
+        "embedding_scale": 3.0,
+    },
     "hyper_connections": {
         "residual_streams": {"type": "hyper_connections", "num_streams": 3, "core_num_streams": 4, "own_loops": 2},
         "norm_placement": "sandwich_sum",

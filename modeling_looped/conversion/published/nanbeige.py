@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, final
@@ -9,30 +10,27 @@ from typing import Any, final
 import torch
 
 from modeling_looped.configuration_looped import LoopedConfig
-from modeling_looped.conversion.tensor_map import Link, Reshape, Stack, TensorMap, Unread
+from modeling_looped.conversion.tensor_map import Link, Reshape, Stack, TensorMap, Unread, rename
 
-from .family import IN_PLACE, LLAMA_NORMS, PublishedFamily, Shapes, copied, llama_fields, rotary_tables
+from .family import (
+    IN_PLACE,
+    LLAMA_NORMS,
+    PublishedFamily,
+    Shapes,
+    copied,
+    embedding_names,
+    llama_fields,
+    rotary_tables,
+)
 from .source_config import SourceConfig
 
 #: Switches of what no looped layer has -> what it is.
 FOREIGN = {
-    "emb_neighbor_num": "n-gram embeddings",
-    "insert_ngram_layer_idx": "n-gram embeddings",
-    "ngram_insert_all_layers": "n-gram embeddings",
+    "insert_ngram_layer_idx": "n-gram embeddings inside of layers",
+    "ngram_insert_all_layers": "n-gram embeddings inside of layers",
+    "ngram_compressed_tokenizer": "n-grams of token ids that a stored table maps",
+    "skip_ngram_for_input": "n-gram embeddings inside of layers",
 }
-
-#: What only matters once one of those is on.
-OF_FOREIGN = (
-    "emb_split_num",
-    "emb_tp_num",
-    "ngram_compressed_tokenizer",
-    "ngram_embedding_hidden_size",
-    "ngram_fused_mode",
-    "ngram_layer_downproject_size",
-    "ngram_mod_force_prime",
-    "ngram_vocab_size_ratio",
-    "skip_ngram_for_input",
-)
 
 
 @final
@@ -48,7 +46,6 @@ class Nanbeige(PublishedFamily):
         for switch, what in FOREIGN.items():
             if config.take(switch, None):
                 config.refuse(switch, f"{what}; supported: off")
-        config.ignore(*OF_FOREIGN)
         biased = config.take("attention_bias", False)
         order = schedule(config)
         return {
@@ -56,6 +53,7 @@ class Nanbeige(PublishedFamily):
             **order,
             "residual_streams": residual_streams(config, order),
             "depth_attention": depth_attention(config),
+            "ngram_embedding": ngram_embedding(config),
             "attention_bias": biased,
             "attention_output_bias": biased,
             "mlp_bias": config.take("mlp_bias", False),
@@ -68,7 +66,13 @@ class Nanbeige(PublishedFamily):
     ) -> TensorMap:
         parts = {**LLAMA_NORMS, "q_norm": "q_layernorm", "k_norm": "k_layernorm"}
         plain = [name for name in ours if ".residual_streams." not in name]
-        links = copied(plain, parts, tied=looped.tie_word_embeddings) + connections(looped)
+        tied = looped.tie_word_embeddings
+        if looped.ngram_embedding["type"] == "none":
+            links = copied(plain, parts, tied=tied)
+        else:
+            own = [name for name in plain if name != EMBEDDINGS and ".ngram_embedding." not in name]
+            links = copied(own, parts, tied=tied) + ngram_links(looped)
+        links += connections(looped)
         return TensorMap(links, [*rotary_tables(looped, published), *static_mappings(looped)])
 
 
@@ -153,6 +157,69 @@ def depth_attention(config: SourceConfig) -> dict[str, Any] | str:
     if config.values.get("loop_share_kv"):
         config.refuse("loop_share_kv", "with enable_depth_attention their code cannot generate; supported: off")
     return {"type": "anchors", "stride": stride}
+
+
+def ngram_embedding(config: SourceConfig) -> dict[str, Any] | str:
+    """N-gram embeddings, if there are any."""
+    switches = {
+        name: config.take(name, None) for name in ("emb_neighbor_num", "emb_split_num", "ngram_vocab_size_ratio")
+    }
+    prime, width = config.take("ngram_mod_force_prime", False), config.take("ngram_embedding_hidden_size", None)
+    fusion, multiple = config.take("ngram_fused_mode", "average"), config.take("emb_tp_num", None)
+    boundary, vocabulary = config.values.get("eos_token_id"), config.values.get("vocab_size") or 1
+    config.ignore("ngram_layer_downproject_size")
+    if all(value is None for value in switches.values()):
+        return "none"
+    for name, value in {**switches, "emb_tp_num": multiple}.items():
+        if value is None:
+            config.refuse(name, f"n-gram embeddings need {', '.join(switches)} and emb_tp_num")
+            return "none"
+    if isinstance(boundary, list):
+        config.refuse("eos_token_id", "with n-gram embeddings it must be one token, or none")
+    longest, splits, base = switches["emb_neighbor_num"], switches["emb_split_num"], vocabulary
+    size = switches["ngram_vocab_size_ratio"] * vocabulary
+    tables = (longest - 1) * splits
+    sizes = [int(size + 2 * index + 1) for index in range(tables)]
+    if prime:
+        base, sizes = next_prime(vocabulary), []
+        for _ in range(tables):
+            size = next_prime(int(size))
+            sizes.append(size)
+    return {
+        "type": "hashed",
+        "max_n": longest,
+        "table_sizes": sizes,
+        "row_multiple": multiple,
+        "width": width,
+        "hash_base": base,
+        "boundary_token_id": boundary if isinstance(boundary, int) else None,
+        "fusion": fusion,
+    }
+
+
+def next_prime(number: int) -> int:
+    """The least prime above `number`."""
+    number += 1
+    while number < 2 or any(number % factor == 0 for factor in range(2, math.isqrt(number) + 1)):
+        number += 1
+    return number
+
+
+EMBEDDINGS = "model.embed_tokens.weight"
+
+
+def ngram_links(looped: LoopedConfig) -> list[Link]:
+    """Links of the n-gram embeddings, and of the token embeddings, which their module holds once more."""
+    spec, there, here = looped.ngram_embedding, "model.ngram_embeddings", "model.ngram_embedding"
+    names = embedding_names(EMBEDDINGS, tied=looped.tie_word_embeddings)
+    links = [rename((*names, f"{there}.word_embeddings.weight"), EMBEDDINGS)]
+    for table in range(len(spec["table_sizes"])):
+        links.append(rename(f"{there}.embedders.{table}.weight", f"{here}.tables.{table}.weight"))
+        if spec["fusion"] == "average":
+            links.append(rename(f"{there}.post_projs.{table}.weight", f"{here}.projections.{table}.weight"))
+    if spec["fusion"] == "concat":
+        links.append(rename(f"{there}.concat_proj.weight", f"{here}.projections.0.weight"))
+    return links
 
 
 #: Branch of a layer -> what its connections are called there.
