@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_looped import LoopedConfig
+from .depth_attention import mix_values
 from .loop_adapter import LoopAdapter, add_adapter, build_adapters
 from .norms import LoopedRMSNorm, LoopedUnweightedRMSNorm
 from .rotary import apply_rotary
@@ -163,6 +164,7 @@ class LoopedAttention(nn.Module):
         norm_rows: weights per QK norm, one per loop (`None`: one for all).
         adapter: the config's loop adapter, for layers of the core.
         value_gate: for a layer with a value embedding.
+        is_anchor: whether later invocations mix their values with this one's (`config.depth_attention`).
     """
 
     def __init__(
@@ -172,6 +174,7 @@ class LoopedAttention(nn.Module):
         norm_rows: int | None,
         adapter: LoopAdapter | None,
         value_gate: nn.Linear | None,
+        is_anchor: bool,
     ):
         super().__init__()
         self.config = config
@@ -198,6 +201,7 @@ class LoopedAttention(nn.Module):
         self.adapted = len(self.loop_adapters) > 0
         self.gate_proj = nn.Linear(width, query_size, bias=False) if config.attention_gate == "per_channel" else None
         self.value_gate = value_gate
+        self.is_anchor = is_anchor
 
         self.qkv_clip = config.qkv_clip
         self.qk_norm = config.qk_norm
@@ -269,6 +273,7 @@ class LoopedAttention(nn.Module):
         key_value: tuple[Tensor, Tensor] | None = None,
         token_value: Tensor | None = None,
         active: Tensor | None = None,
+        anchors: tuple[tuple[Tensor, Tensor], ...] = (),
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, tuple[Tensor, Tensor]]:
         """One invocation.
@@ -282,19 +287,23 @@ class LoopedAttention(nn.Module):
             key_value: keys and values that an earlier loop attended to, to be read again (`config.kv_sharing`).
             token_value: what the layer's value embedding holds for the tokens.
             active: tokens that take part in this loop, bool [B, S]; the others are hidden. `None`: all take part.
+            anchors: keys and values that earlier invocations had for these tokens, to mix the values with.
             kwargs: for the attention interface.
 
         Returns:
             [B, S, D]; the attention weights [B, H, S, S'] if the implementation gives them; the keys and values
-            attended to, each [B, Hkv, S', K].
+            attended to, each [B, Hkv, S', K], or, from an anchor, those of the tokens of this call.
         """
         if key_value is not None:
             query = self.project_query(hidden_states, position_embeddings, loop_idx)
             key, value = key_value
         else:
             query, key, value = self.project(hidden_states, position_embeddings, loop_idx, token_value)
+            if anchors:
+                value = mix_values(query, key, value, anchors)
             if active is not None:
                 key = key * active[:, None, :, None].to(device=key.device, dtype=key.dtype)
+            key_value = key, value
             if past_key_values is not None:
                 key, value = past_key_values.update(key, value, slot)
         if active is not None:
@@ -313,4 +322,4 @@ class LoopedAttention(nn.Module):
         output = self.o_proj(attended)
         if self.adapted:
             output = add_adapter(self.loop_adapters, "o_proj", output, attended, loop_idx)
-        return output, weights, (key, value)
+        return output, weights, key_value if self.is_anchor else (key, value)

@@ -104,6 +104,8 @@ class SinusoidalTime(LoopConditioning):
         signal = self.signal(torch.full((1, 1), loop_idx, device=hidden_states.device))
         if self.params.positions == "every_loop":
             signal = signal + self.signal(position_ids.to(hidden_states.device))
+        if hidden_states.ndim > signal.ndim:  # the same for all residual streams
+            signal = signal.unsqueeze(-2)
         return hidden_states + (self.params.scale * signal).to(hidden_states.dtype)
 
     def signal(self, times: Tensor) -> Tensor:

@@ -208,6 +208,11 @@ def check_embeddings(config: LoopedConfig) -> None:
             f"embedding_size={config.embedding_size} with tie_word_embeddings=True needs mlm_head='transform', which "
             "maps the hidden states to that width."
         )
+    if config.ngram_embedding["type"] != "none" and config.embedding_size is not None:
+        raise ValueError(
+            f"ngram_embedding={config.ngram_embedding['type']!r} with embedding_size={config.embedding_size}: n-grams "
+            "are added to token embeddings of hidden_size; use embedding_size=None."
+        )
     layers = config.value_embedding.get("layers", ())
     if max(layers, default=-1) >= config.num_stored_layers:
         raise ValueError(f"value_embedding: layers={layers} must be stored layers, 0..{config.num_stored_layers - 1}.")
@@ -232,6 +237,11 @@ def check_cross_attention(config: LoopedConfig) -> None:
     if config.add_cross_attention and not config.is_decoder:
         raise ValueError(
             "add_cross_attention=True with is_decoder=False: it belongs to a decoder; use is_decoder=True."
+        )
+    if config.add_cross_attention and config.residual_streams["type"] != "none":
+        raise ValueError(
+            f"add_cross_attention=True with residual_streams={config.residual_streams['type']!r}: the streams connect to "
+            "attention and MLP only; use residual_streams='none'."
         )
     if config.cross_attention_hidden_size is not None and not config.add_cross_attention:
         raise ValueError(
@@ -282,6 +292,56 @@ def check_strategies(config: LoopedConfig) -> None:
         raise ValueError(
             f"loop_adapter: targets {sorted(missing)} do not exist with mlp_type={config.mlp_type!r}; "
             f"its projections are {', '.join(config.mlp_projections)}."
+        )
+
+
+def check_residual_streams(config: LoopedConfig) -> None:
+    """What reads one state from the loop has no place where the loop carries several streams."""
+    streams = config.residual_streams
+    if streams["type"] == "none":
+        return
+    if config.num_core_layers == 0:
+        for name, harmless in (("core_num_streams", None), ("own_loops", 1)):
+            if streams[name] != harmless:
+                raise ValueError(
+                    f"residual_streams: {name}={streams[name]} acts on the core, and num_core_layers=0: use "
+                    f"{harmless}."
+                )
+        return
+    if streams["span"] != "model":
+        return
+    for name, value, allowed in (
+        ("halting", config.halting["type"], ("none",)),
+        ("final_norm", config.final_norm, ("end", "after_loops", "none")),
+    ):
+        if value not in allowed:
+            raise ValueError(
+                f"{name}={value!r} with residual_streams={streams['type']!r}, span='model': it reads one state from "
+                f"each loop, which has {streams['num_streams']} streams; use span='part', or {name}="
+                f"{' or '.join(map(repr, allowed))}."
+            )
+
+
+def check_depth_attention(config: LoopedConfig) -> None:
+    """Layers that read each other's keys and values have them of one shape, and all of them."""
+    if config.depth_attention["type"] == "none":
+        return
+    named = f"depth_attention={config.depth_attention['type']!r}"
+    if config.kv_sharing != "none":
+        raise ValueError(
+            f"kv_sharing={config.kv_sharing!r} with {named}: values are mixed anew in every loop, and shared ones are "
+            "not; use kv_sharing='none'."
+        )
+    heads = {config.layer_shape(layer).num_key_value_heads for layer in range(config.num_stored_layers)}
+    if len(heads) > 1:
+        raise ValueError(
+            f"core_num_key_value_heads={config.core_num_key_value_heads} with {named}: all layers need as many, "
+            f"num_key_value_heads={config.num_key_value_heads}."
+        )
+    if config.num_core_layers and issubclass(HALTINGS[config.halting["type"]], Router):
+        raise ValueError(
+            f"halting={config.halting['type']!r} with {named}: a token that sits out a loop has no values there; use "
+            "another halting."
         )
 
 
@@ -348,6 +408,8 @@ CHECKS = (
     check_cross_attention,
     check_prelude_enters,
     check_strategies,
+    check_residual_streams,
+    check_depth_attention,
     check_routing,
     check_backprop,
 )

@@ -22,13 +22,16 @@ from .config_checks import (
     counts_are_valid,
     counts_message,
 )
+from .depth_attention import DEPTH_ATTENTIONS
 from .halting import HALTINGS
 from .injection import INJECTIONS
 from .loop_adapter import LOOP_ADAPTERS
 from .loop_update import LOOP_UPDATES
+from .ngram_embedding import NGRAM_EMBEDDINGS
 from .readout import READOUTS
 from .registry import LayerShape, Registry
 from .remote_code import AUTO_MAP, copy_code
+from .residual_streams import RESIDUAL_STREAMS
 from .schedule import SCHEDULES
 from .slots import SlotLayout
 from .state import STATE_INITS
@@ -48,6 +51,9 @@ STRATEGY_FIELDS: dict[str, Registry] = {
         HALTINGS,
         READOUTS,
         VALUE_EMBEDDINGS,
+        NGRAM_EMBEDDINGS,
+        RESIDUAL_STREAMS,
+        DEPTH_ATTENTIONS,
         SCHEDULES,
     )
 }
@@ -238,6 +244,13 @@ class LoopedConfig(PreTrainedConfig):
             [readout.py].
         value_embedding (`dict` or `str`, defaults to `"none"`): token embeddings that are added to attention values:
             `none` or `gated` [value_embedding.py].
+        ngram_embedding (`dict` or `str`, defaults to `"none"`): embeddings of the last few tokens that are added to
+            those of the token: `none` or `hashed` [ngram_embedding.py].
+        residual_streams (`dict` or `str`, defaults to `"none"`): how many residual streams run along the layers, and
+            how attention and MLP read and write them: `none` (one, to which they add), `hyper_connections` or `mhc`
+            [residual_streams.py].
+        depth_attention (`dict` or `str`, defaults to `"none"`): values of earlier layers that a layer's values are
+            mixed with: `none` or `anchors` [depth_attention.py].
         schedule (`dict` or `str`, defaults to `"flat"`): order of the core's layers and the states they work on:
             `flat` or `nested` [schedule.py].
         prefix_lm (`bool`, defaults to `False`): let the tokens whose `token_type_ids` are 1 see each other in both
@@ -328,6 +341,9 @@ class LoopedConfig(PreTrainedConfig):
     halting: Spec = "none"
     readout: Spec = "none"
     value_embedding: Spec = "none"
+    ngram_embedding: Spec = "none"
+    residual_streams: Spec = "none"
+    depth_attention: Spec = "none"
     schedule: Spec = "flat"
     backprop_loops: int | None = None
     checkpoint_granularity: str = "layer"

@@ -11,7 +11,7 @@ import os
 from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 from transformers.modeling_utils import PreTrainedModel
@@ -63,14 +63,21 @@ class LoopedGenerationMixin(GenerationMixin):
         **kwargs: Any,
     ) -> dict[str, Any]:
         """As in Transformers, which gives every new token the type of the last one before it: where types say what
-        belongs to a prefix (`config.prefix_lm`), nothing behind the prompt does.
+        belongs to a prefix (`config.prefix_lm`), nothing behind the prompt does. N-gram embeddings are told which
+        tokens came before, in the order that beams have now.
         """
         types = kwargs.get("token_type_ids")
         if prompt_length is not None and types is not None:
             kwargs["token_type_ids"] = torch.cat(
                 (types[:, :prompt_length], torch.zeros_like(types[:, prompt_length:])), dim=1
             )
-        return super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        reach, current = self.base_model.ngram_embedding.context_length, inputs.get("input_ids")
+        if reach and current is not None and current.shape[1] < input_ids.shape[1]:
+            before = input_ids[:, : input_ids.shape[1] - current.shape[1]][:, -reach:]
+            # always as many, for a compiled forward; a token's position says that those in front are none
+            inputs["previous_input_ids"] = nn.functional.pad(before, (reach - before.shape[1], 0))
+        return inputs
 
     def _prepare_cache_for_generation(
         self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

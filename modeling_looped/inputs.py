@@ -132,6 +132,11 @@ def refuse_paged_cache(config: LoopedConfig) -> None:
         )
     if config.add_cross_attention:
         raise ValueError("add_cross_attention=True: a paged cache has no place for an encoder's keys; use generate.")
+    if config.ngram_embedding["type"] != "none":
+        raise ValueError(
+            f"ngram_embedding={config.ngram_embedding['type']!r}: continuous batching hands a step no token but its "
+            "own, and the hash needs those before; use generate."
+        )
     heads = {config.layer_shape(layer).num_key_value_heads for layer in range(config.num_stored_layers)}
     if len(heads) > 1:
         raise ValueError(

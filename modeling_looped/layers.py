@@ -18,6 +18,7 @@ from .configuration_looped import LoopedConfig
 from .cross_attention import CrossAttention, EncoderStates
 from .loop_adapter import LoopAdapter, add_adapter, build_adapters
 from .norms import Norm, build_norm
+from .residual_streams import Mapping, join
 
 #: Keys and values that an invocation attended to, each [B, Hkv, S', K].
 KeyValue = tuple[Tensor, Tensor]
@@ -78,7 +79,8 @@ class LoopedDecoderLayer(GradientCheckpointingLayer):
     With f one of them and x the residual stream, the placement decides which of three norms exist in
     x <- sum(x + branch(f(pre(x)))). They carry the names of Gemma 2's four norms: `input_layernorm` and
     `pre_feedforward_layernorm` are `pre`; `post_attention_layernorm` and `post_feedforward_layernorm` are `branch` or
-    `sum`; those of the cross-attention are called as in T5Gemma.
+    `sum`; those of the cross-attention are called as in T5Gemma. Where there are several residual streams,
+    `residual_streams` says what each f reads of them and how they take up its result; a `sum` norm then acts on each.
     """
 
     def __init__(
@@ -88,10 +90,13 @@ class LoopedDecoderLayer(GradientCheckpointingLayer):
         norm_rows: int | None = None,
         adapter: LoopAdapter | None = None,
         value_gate: nn.Linear | None = None,
+        residual_streams: nn.ModuleDict | None = None,
+        is_anchor: bool = False,
     ):
         super().__init__()
         self.layer = layer
-        self.self_attn = LoopedAttention(config, layer, norm_rows, adapter, value_gate)
+        self.residual_streams = residual_streams
+        self.self_attn = LoopedAttention(config, layer, norm_rows, adapter, value_gate, is_anchor)
         self.mlp = LoopedMLP(config, layer, adapter)
         width = config.layer_shape(layer).hidden_size
 
@@ -100,6 +105,7 @@ class LoopedDecoderLayer(GradientCheckpointingLayer):
 
         has_pre = config.norm_placement in ("pre", "sandwich", "sandwich_sum")
         has_post = config.norm_placement != "pre"
+        self.is_anchor = is_anchor
         self.shares_key_values = config.kv_sharing != "none" and config.is_core_layer(layer)
         self.cross_attn = CrossAttention(config, layer, norm_rows, adapter) if config.add_cross_attention else None
         self.pre_cross_attn_layernorm = norm(has_pre and config.add_cross_attention)
@@ -128,7 +134,7 @@ class LoopedDecoderLayer(GradientCheckpointingLayer):
         """One invocation.
 
         Args:
-            hidden_states: residual stream [B, S, D].
+            hidden_states: residual stream [B, S, D], or streams [B, S, n, D].
             slot: address of this invocation (what forward hooks record it by).
             loop_idx: loop it belongs to, from 0; 0 in prelude and coda.
             held: where loops share keys and values, those of the first loop, in every loop but the first.
@@ -138,11 +144,15 @@ class LoopedDecoderLayer(GradientCheckpointingLayer):
             kwargs: for the self-attention.
 
         Returns:
-            the residual stream [B, S, D]; with it, where loops share them, the keys and values attended to. They
-            travel from loop to loop as arguments and results, never through the cache, so that a call without a cache
-            and one that recomputes its layers are the same function.
+            the residual stream, or streams; with it, where loops share them, the keys and values attended to, and from
+            an anchor of depth attention those of this call's tokens. They travel as arguments and results, never
+            through the cache, so that a call without a cache and one that recomputes its layers are the same function.
         """
-        branch = hidden_states if self.input_layernorm is None else self.input_layernorm(hidden_states, loop_idx)
+        branch, mapping = hidden_states, None
+        if self.residual_streams is not None:
+            branch, mapping = self.residual_streams["attention"](hidden_states, loop_idx)
+        if self.input_layernorm is not None:
+            branch = self.input_layernorm(branch, loop_idx)
         branch, _, attended = self.self_attn(
             branch,
             slot,
@@ -153,29 +163,34 @@ class LoopedDecoderLayer(GradientCheckpointingLayer):
             key_value=None if held is None else held.attended,
             **kwargs,
         )
-        hidden_states = self._join(hidden_states, branch, self.post_attention_layernorm, loop_idx)
+        hidden_states = self._join(hidden_states, branch, self.post_attention_layernorm, loop_idx, mapping)
         encoded = None
         if self.cross_attn is not None and encoder is not None:
             norm = self.pre_cross_attn_layernorm
             branch = hidden_states if norm is None else norm(hidden_states, loop_idx)
             given = None if held is None else held.encoded
             branch, _, encoded = self.cross_attn(branch, slot, loop_idx, encoder, given)
-            hidden_states = self._join(hidden_states, branch, self.post_cross_attn_layernorm, loop_idx)
+            hidden_states = self._join(hidden_states, branch, self.post_cross_attn_layernorm, loop_idx, None)
         hidden_states = self.feed_forward(hidden_states, loop_idx)
-        if not self.hands_on:
+        if not self.hands_on and not self.is_anchor:
             return hidden_states
         varies = self.cross_attn is None or self.cross_attn.varies
-        return hidden_states, Held(attended if self.shares_key_values else None, None if varies else encoded)
+        wanted = attended if self.shares_key_values or self.is_anchor else None
+        return hidden_states, Held(wanted, None if varies else encoded)
 
     def feed_forward(self, hidden_states: Tensor, loop_idx: int) -> Tensor:
         """The MLP half of the block."""
-        norm = self.pre_feedforward_layernorm
-        branch = self.mlp(hidden_states if norm is None else norm(hidden_states, loop_idx), loop_idx)
-        return self._join(hidden_states, branch, self.post_feedforward_layernorm, loop_idx)
+        norm, branch, mapping = self.pre_feedforward_layernorm, hidden_states, None
+        if self.residual_streams is not None:
+            branch, mapping = self.residual_streams["mlp"](hidden_states, loop_idx)
+        branch = self.mlp(branch if norm is None else norm(branch, loop_idx), loop_idx)
+        return self._join(hidden_states, branch, self.post_feedforward_layernorm, loop_idx, mapping)
 
-    def _join(self, residual: Tensor, branch: Tensor, norm: Norm | None, loop_idx: int) -> Tensor:
+    def _join(
+        self, residual: Tensor, branch: Tensor, norm: Norm | None, loop_idx: int, mapping: Mapping | None
+    ) -> Tensor:
         if norm is None:
-            return residual + branch
+            return join(residual, branch, mapping)
         if self.norms_sum:
-            return norm(residual + branch, loop_idx)
-        return residual + norm(branch, loop_idx)
+            return norm(join(residual, branch, mapping), loop_idx)
+        return join(residual, norm(branch, loop_idx), mapping)

@@ -5,7 +5,7 @@ B batch, S tokens, D hidden size, T loops, P, R, C layers of prelude, core and c
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from .attention import LoopedAttention
 from .conditioning import LOOP_CONDITIONINGS
 from .configuration_looped import LoopedConfig, refuse_foreign_loop_names
 from .cross_attention import CrossAttention, encoder_states, split_cache
+from .depth_attention import DEPTH_ATTENTIONS
 from .embeddings import LoopedEmbeddingMixin
 from .generation import LoopedGenerationMixin
 from .halting import HALTINGS, Readings, Route, Step
@@ -45,14 +46,16 @@ from .inputs import (
     refuse_what_cannot_route,
     valid_tokens,
 )
-from .layers import Held, LoopedDecoderLayer
+from .layers import Held, KeyValue, LoopedDecoderLayer
 from .loop_adapter import LOOP_ADAPTERS
 from .loop_update import LOOP_UPDATES
+from .ngram_embedding import NGRAM_EMBEDDINGS, note_tokens, tokens_before
 from .norms import build_norm
 from .outputs import NO_FIELD, LoopedCausalLMOutput, LoopedModelOutput, hidden_states_of_the_call
 from .peft_defaults import offer_peft_defaults
 from .readout import READOUTS
 from .registry import BuildContext, SelfInitialised
+from .residual_streams import RESIDUAL_STREAMS
 from .rotary import LoopedRotaryEmbedding
 from .schedule import SCHEDULES
 from .slots import SlotLayout, Turn, checked_num_loops
@@ -62,8 +65,19 @@ from .value_embedding import VALUE_EMBEDDINGS
 
 logger = logging.get_logger(__name__)
 
-#: What running layers gives: the residual stream, and the keys and values that their later loops read again.
-LayersOutput = tuple[Tensor, tuple[Held, ...]]
+
+class LayersOutput(NamedTuple):
+    """What running layers gives.
+
+    Attributes:
+        hidden_states: the residual stream, or streams.
+        held: what later loops of these layers read again.
+        anchors: with depth attention, keys and values of all anchors so far, which later layers read.
+    """
+
+    hidden_states: Tensor
+    held: tuple[Held, ...]
+    anchors: tuple[KeyValue, ...]
 
 
 @auto_docstring
@@ -183,6 +197,9 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         conditioning = LOOP_CONDITIONINGS.build(config.loop_conditioning, context)
         adapter = LOOP_ADAPTERS.build(config.loop_adapter, context)
         self.value_embeddings = VALUE_EMBEDDINGS.build(config.value_embedding, context)
+        self.ngram_embedding = NGRAM_EMBEDDINGS.build(config.ngram_embedding, context)
+        self.residual_streams = RESIDUAL_STREAMS.build(config.residual_streams, context)
+        self.depth_attention = DEPTH_ATTENTIONS.build(config.depth_attention, context)
         # One list of the stored layers, so that the names, plans and regular expressions that the ecosystem writes for
         # `model.layers.<i>` mean the physical layers here too.
         self.layers = nn.ModuleList(
@@ -192,6 +209,8 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
                 conditioning.norm_rows if config.is_core_layer(layer) else None,
                 adapter if config.is_core_layer(layer) else None,
                 self.value_embeddings.gate(layer),
+                self.residual_streams.connections(layer, in_core=config.is_core_layer(layer)),
+                self.depth_attention.is_anchor(layer),
             )
             for layer in range(config.num_stored_layers)
         )
@@ -234,6 +253,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         output_loop_hidden_states: bool = False,
         encoder_hidden_states: torch.FloatTensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
+        previous_input_ids: torch.LongTensor | None = None,
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
     ) -> LoopedModelOutput:
         r"""
@@ -243,6 +263,9 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             State before the first loop, in place of what `config.state_init` makes.
         output_loop_hidden_states (`bool`, *optional*, defaults to `False`):
             Whether to return `loop_hidden_states`, the state before the first loop and after each one.
+        previous_input_ids (`torch.LongTensor` of shape `(batch_size, tokens)`, *optional*):
+            With `config.ngram_embedding`, the ids of the last tokens before `input_ids`. `generate` passes them; else
+            they are needed only with a cache that was reordered, cropped or copied since its last call.
         """
         refuse_foreign_loop_names(kwargs, "forward")
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -278,7 +301,8 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         masks = attention_masks(
             self.config, self.stored_types, embeds, attention_mask, positions, given_cache, token_type_ids
         )
-        embeds = self.embed(embeds, positions, token_type_ids)
+        before = tokens_before(self.ngram_embedding, previous_input_ids, given_cache)
+        embeds = self.embed(self.ngram_embedding(embeds, input_ids, before, positions), positions, token_type_ids)
         encoder = encoder_states(
             self.config, encoder_hidden_states, encoder_attention_mask, both_caches, embeds, kwargs
         )
@@ -301,10 +325,11 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         )
 
         prelude, core, coda = layout.stored_ranges()
-        (hidden_states, _), states, readings = run(embeds, prelude), None, None
+        (hidden_states, _, anchors), states, readings = run(embeds, prelude), None, None
         if core:
-            readings, states = self._run_loops(
+            readings, states, anchors = self._run_loops(
                 hidden_states,
+                anchors,
                 initial_state,
                 positions,
                 valid,
@@ -316,7 +341,9 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             hidden_states = self.readout(readings.output)
             if self.config.final_norm == "after_loops":
                 hidden_states = self.norm(hidden_states)
-        hidden_states, _ = run(hidden_states, coda)
+        hidden_states = run(hidden_states, coda, anchors=anchors).hidden_states
+        note_tokens(self.ngram_embedding, input_ids, before, past_key_values)
+        hidden_states = self.residual_streams.merge(hidden_states)
         if not core or coda or self.config.final_norm != "every_loop":
             hidden_states = self.norm(hidden_states)
         return LoopedModelOutput(
@@ -332,6 +359,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
     def _run_loops(
         self,
         prelude: Tensor,
+        anchors: tuple[KeyValue, ...],
         initial_state: Tensor | None,
         positions: Tensor,
         valid: Tensor | None,
@@ -339,15 +367,18 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         layout: SlotLayout,
         run: Callable[..., LayersOutput],
         keep_states: bool,
-    ) -> tuple[Readings, tuple[Tensor, ...]]:
-        """The recurrence. Returns what is read from it, and the states before the first loop and after each one (only
-        the last, unless `keep_states`).
+    ) -> tuple[Readings, tuple[Tensor, ...], tuple[KeyValue, ...]]:
+        """The recurrence. Returns what is read from it, the states before the first loop and after each one (only
+        the last, unless `keep_states`), and the anchors of depth attention so far.
         """
+        prelude = self.residual_streams.carry(prelude)
         if self.prelude_norm is not None:
             prelude = self.prelude_norm(prelude)
         inject = self.injection(prelude)
-        state = self.state_init(prelude, positions)
+        state = self.residual_streams.carry(self.state_init(prelude, positions))
         if initial_state is not None:
+            if initial_state.ndim == 3:
+                initial_state = self.residual_streams.carry(initial_state)
             if initial_state.shape != state.shape:
                 raise ValueError(
                     f"initial_state has the shape {tuple(initial_state.shape)} and must have {tuple(state.shape)}: "
@@ -376,7 +407,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
                 if valid is not None:
                     route = self.halting.route(readings, streams[0], turn.loop, valid.to(streams[0].device))
                 entering = self.schedule.read(streams, turn.state)
-                taken, held[turn.layers] = step(
+                taken, held[turn.layers], anchors = step(
                     entering,
                     streams[turn.state],
                     inject,
@@ -385,6 +416,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
                     run,
                     positions,
                     held.get(turn.layers, ()),
+                    anchors,
                     route,
                 )
                 streams = (*streams[: turn.state], taken.state, *streams[turn.state + 1 :])
@@ -392,7 +424,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
                     is_last = turn is turns[-1]
                     readings = self.halting(readings.to(taken.state.device), taken, turn.outer_loop, is_last)
                     kept = (*kept, taken.state) if keep_states else kept
-        return (readings if turns else Readings(state)), kept
+        return (readings if turns else Readings(state)), kept, anchors
 
     def _step(
         self,
@@ -404,24 +436,25 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         run: Callable[..., LayersOutput],
         positions: Tensor,
         held: tuple[Held, ...],
+        anchors: tuple[KeyValue, ...],
         route: Route | None,
-    ) -> tuple[Step, tuple[Held, ...]]:
-        """One turn: from what enters it and the state that it will replace, both [B, S, D], and the keys and values
-        that loops share.
+    ) -> tuple[Step, tuple[Held, ...], tuple[KeyValue, ...]]:
+        """One turn: from what enters it and the state that it will replace, both [B, S, D], the keys and values that
+        loops share, and the anchors so far.
         """
         core_input = self.loop_conditioning(inject(entering, turn.loop), turn.loop, positions)
         # shared keys and values are every token's, so that nothing is to be hidden
         active = {} if route is None or self.config.kv_sharing != "none" else {"active": route.active}
-        output, held = run(core_input, turn.layers, turn.loop, held, **active)
+        output, held, anchors = run(core_input, turn.layers, turn.loop, held, anchors, **active)
         # The core may end on another device than it started on.
         previous, core_input = previous.to(output.device), core_input.to(output.device)
         state = self.loop_update(previous, output, turn.loop, layout.loops, layout.group_of(turn.layers[0]))
         if self.config.final_norm == "every_loop":
             state = self.norm(state).to(output.device)
         if route is None:
-            return Step(previous, core_input, state), held
+            return Step(previous, core_input, state), held, anchors
         route = route.to(output.device)
-        return Step(previous, core_input, self.halting.merge(route, previous, state), route.active), held
+        return Step(previous, core_input, self.halting.merge(route, previous, state), route.active), held, anchors
 
     def _run_layers(
         self,
@@ -429,6 +462,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         layers: range,
         loop_idx: int = 0,
         held: tuple[Held, ...] = (),
+        anchors: tuple[KeyValue, ...] = (),
         *,
         layout: SlotLayout,
         num_slots: int,
@@ -439,16 +473,21 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         """Stored layers `layers`, in loop `loop_idx`, as far as the first `num_slots` slots go.
 
         Args:
-            hidden_states: [B, S, D].
+            hidden_states: [B, S, D]; or streams [B, S, n, D], where the model carries several.
             layers: stored layers.
             loop_idx: from 0.
             held: where loops share keys and values, those of the first loop of each of these layers.
+            anchors: with depth attention, keys and values of all anchors so far.
             layout, num_slots, masks, token_values, kwargs: of the forward.
 
         Returns:
-            [B, S, D], and the keys and values for the next loop (none where loops do not share them).
+            as `hidden_states`, and the keys and values for the next loop, or for later layers (none
+            where nobody reads them again).
         """
+        if not layers:
+            return LayersOutput(hidden_states, held, anchors)
         handed_on: list[Held] = []
+        hidden_states = self.residual_streams.spread(hidden_states, in_core=self.config.is_core_layer(layers[0]))
         for position, index in enumerate(layers):
             slot = layout.slot(index, loop_idx)
             if slot >= num_slots:
@@ -456,15 +495,21 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             layer = self.layers[index]
             if token_values:
                 kwargs["token_value"] = token_values.get(index)
+            if self.depth_attention.mixes:
+                kwargs["anchors"] = anchors
             shared = (held[position],) if held else ()
             mask = masks[self.stored_types[index]]
             output = layer(hidden_states, slot, loop_idx, *shared, attention_mask=mask, **kwargs)
-            if layer.hands_on:
-                hidden_states, for_later = output
-                handed_on.append(for_later)
-            else:
+            if not isinstance(output, tuple):
                 hidden_states = output
-        return hidden_states, held or tuple(handed_on)
+                continue
+            hidden_states, for_later = output
+            if layer.is_anchor:
+                anchors = (*anchors, for_later.attended)
+                for_later = for_later._replace(attended=None)
+            if layer.hands_on:
+                handed_on.append(for_later)
+        return LayersOutput(self.residual_streams.leave(hidden_states), held or tuple(handed_on), anchors)
 
     def _layout(self, num_loops: int | None) -> SlotLayout:
         """Slots of a call with `num_loops` loops, after checking it.

@@ -27,7 +27,8 @@ class LoopedModelOutput(BaseModelOutputWithPast):
     Args:
         loop_hidden_states (`tuple[torch.FloatTensor]`, *optional*, with `output_loop_hidden_states=True`):
             the state before the first loop and after each one, T + 1 tensors of shape [B, S, D]; with
-            `config.core_group_size`, after each loop of each group.
+            `config.core_group_size`, after each loop of each group; [B, S, n, D] where the loop carries n residual
+            streams.
         exit_loops (`torch.LongTensor` of shape [B, S], *optional*, if `config.halting` chooses):
             number of loops after which each token halted; with a router, that each token took.
         exit_probabilities (`torch.FloatTensor` of shape [B, S, T], *optional*, as above):
@@ -67,7 +68,9 @@ class LoopedCausalLMOutput(CausalLMOutputWithPast):
 
 
 def hidden_states_of_the_call(forward: Callable) -> Callable:
-    """Decorator around `capture_outputs`: `output_hidden_states=[-1]` means the last one of this call's loop count."""
+    """Decorator around `capture_outputs`: `output_hidden_states=[-1]` means the last one of this call's loop count,
+    and of several residual streams the mean is returned.
+    """
 
     @functools.wraps(forward)
     def wrapper(self, *args: Any, **kwargs: Any) -> Any:
@@ -80,6 +83,13 @@ def hidden_states_of_the_call(forward: Callable) -> Callable:
             cut = layout.num_slots - self.config.slots_to_run(num_loops)  # early exit
             indices = range(layout.num_invocations - cut + 1)
             kwargs["output_hidden_states"] = [indices[i] for i in selected if -len(indices) <= i < len(indices)]
-        return forward(self, *args, **kwargs)
+        if self.config.residual_streams["type"] == "none":
+            return forward(self, *args, **kwargs)
+        return_dict = kwargs.pop("return_dict", self.config.return_dict)
+        outputs = forward(self, *args, return_dict=True, **kwargs)
+        if outputs.hidden_states is not None:
+            merge = self.residual_streams.merge
+            outputs.hidden_states = tuple(None if x is None else merge(x) for x in outputs.hidden_states)
+        return outputs if return_dict in (None, True) else outputs.to_tuple()
 
     return wrapper

@@ -58,10 +58,10 @@ class RandomState(StateInit):
     """
 
     def uniform(self, prelude: Tensor, position_ids: Tensor) -> Tensor:
-        """Numbers in (0, 1), fp32 [B, S, D]."""
+        """Numbers in (0, 1), fp32 [B, S, D], the same for all residual streams."""
         width = self.context.hidden_size
         if self.training:
-            drawn = torch.rand(*prelude.shape[:-1], width, dtype=torch.float32, device=prelude.device)
+            drawn = torch.rand(*prelude.shape[:2], width, dtype=torch.float32, device=prelude.device)
             return drawn.clamp_min(2.0**-25)  # torch may draw 0, of which a normal without a cut makes -infinity
         position_ids = position_ids.to(prelude.device).expand(prelude.shape[:2])
         return keyed_uniform(self.params.seed, position_ids, width)

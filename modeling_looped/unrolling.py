@@ -97,6 +97,12 @@ def blocking_loop_options(model: PreTrainedModel, config: LoopedConfig, layout: 
     blocking = {}
     if config.value_embedding["type"] != "none":
         blocking["value_embedding"] = "layers read the tokens again"
+    if config.ngram_embedding["type"] != "none":
+        blocking["ngram_embedding"] = "embeddings of the tokens before"
+    if config.residual_streams["type"] != "none":
+        blocking["residual_streams"] = "layers read and write several streams"
+    if config.depth_attention["type"] != "none":
+        blocking["depth_attention"] = "layers read the values of earlier ones"
     if config.tie_word_embeddings and config.embedding_scale == 0.0:
         blocking["embedding_scale"] = "it would scale the tied head too"
     if config.add_cross_attention:
@@ -109,7 +115,7 @@ def blocking_loop_options(model: PreTrainedModel, config: LoopedConfig, layout: 
         return blocking
     base = model.get_submodule("model")
     for field in STRATEGY_FIELDS:
-        if field in (LOOP_ADAPTERS.field, "value_embedding") or getattr(config, field)["type"] in ("none", "flat"):
+        if field == LOOP_ADAPTERS.field or field in blocking or getattr(config, field)["type"] in ("none", "flat"):
             continue  # every slot's own weights take the adapters in
         if not runs_layers_only(getattr(base, field, None), layout.loops):
             blocking[field] = WHAT_ELSE_A_LOOP_DOES.get(field, "a stack has no such thing")

@@ -35,6 +35,13 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "damped": [{}, {"steps": 2}],
     "sinusoidal": [{}, {"positions": "every_loop"}],
     "gate": [{}, {"threshold": 0.4}, {"output": "expected"}],
+    "anchors": [{}, {"stride": 1}],
+    "hashed": [
+        {"table_sizes": [11, 13], "boundary_token_id": 50},
+        {"max_n": 2, "table_sizes": [7, 9, 10], "row_multiple": 4, "fusion": "concat"},
+    ],
+    "hyper_connections": [{}, {"span": "part"}],
+    "mhc": [{}, {"span": "part"}, {"mixing": "identity"}, {"sinkhorn_iterations": 2}],
     "act": [{"threshold": 0.7}, {"form": "universal", "threshold": 0.7}],
 }
 #: What `reference.py` does not compute: schedules beside the flat one, and routers.
@@ -118,6 +125,18 @@ def chosen_strategies(draw: st.DrawFn, fields: dict[str, Any]) -> dict[str, Any]
             "shared_scale": draw(st.sampled_from(["none", "per_channel"])),
             "loops": draw(st.sampled_from([None, [0]])),
         }
+    if specs["residual_streams"]["type"] != "none":
+        specs["residual_streams"] |= {
+            "num_streams": draw(st.integers(2, 4)),
+            "core_num_streams": draw(st.none() | st.integers(2, 4)),
+            "own_loops": draw(st.integers(1, 2)),
+        }
+        if specs["halting"]["type"] != "none" or fields["final_norm"] == "every_loop":
+            specs["residual_streams"]["span"] = "part"
+    if fields["kv_sharing"] != "none" or "core_num_key_value_heads" in fields:
+        specs["depth_attention"] = {"type": "none"}
+    if fields["embedding_size"] is not None or fields["hidden_size"] < 6:
+        specs["ngram_embedding"] = {"type": "none"}
     if specs["value_embedding"]["type"] == "gated":
         stored = sum(fields[f"num_{part}_layers"] for part in ("prelude", "core", "coda"))
         layers = draw(st.sets(st.integers(0, stored - 1), min_size=1, max_size=2))

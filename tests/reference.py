@@ -12,6 +12,7 @@ import math
 from typing import NamedTuple
 
 import torch
+from reference_streams import carried, connect, merge, spread
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -33,7 +34,7 @@ class Trace(NamedTuple):
 
     Attributes:
         hidden: the head's input [S, D].
-        states: the state before the first loop and after each one, T + 1 tensors [S, D].
+        states: the state before the first loop and after each one, T + 1 tensors [S, D] (or [S, n, D]).
         exit_loops: loops after which each token is read [S]; `None` where the last loop is read.
         exit_probabilities: each token's distribution of exits over the loops [S, T]; `None` as above.
         slots: keys and values [heads, S, K] of every attention invocation that makes its own, in the order of
@@ -54,6 +55,7 @@ class Run(NamedTuple):
         w, config, tokens: as `reference_trace` was given them.
         rope: of the positions; `None`: no rotation.
         slots: as in `Trace`, in the making.
+        anchors: with depth attention, keys and values [heads, S, K] of its anchors so far.
         held: where loops share keys and values, those of each core layer's first loop.
         encoded: output of an encoder [E, D of the encoder]; `None`: there is none.
     """
@@ -63,6 +65,7 @@ class Run(NamedTuple):
     tokens: Tensor
     rope: tuple[Tensor, Tensor] | None
     slots: list[tuple[Tensor, Tensor]]
+    anchors: list[tuple[Tensor, Tensor]]
     held: dict[int, tuple[Tensor, Tensor]]
     encoded: Tensor | None = None
 
@@ -107,12 +110,14 @@ def reference_trace(
     P, R, C = config.num_prelude_layers, config.num_core_layers, config.num_coda_layers
     positions = torch.arange(len(tokens)) if positions is None else positions
     rope = rope_angles(config, positions) if config.position_embedding == "rope" else None
-    run = Run(w, config, tokens, rope, [], {}, encoded)
+    run = Run(w, config, tokens, rope, [], [], {}, encoded)
 
     def layers(x: Tensor, indices: range, t: int = 0) -> Tensor:
-        for layer in indices:
-            x = block(run, layer, t, x)
-        return x
+        if len(indices) > 0:
+            x = spread(config, x, in_core=indices[0] in range(P, P + R))
+            for layer in indices:
+                x = block(run, layer, t, x)
+        return x if carried(config) else merge(x)
 
     def final_norm(x: Tensor) -> Tensor:
         return x if config.final_norm == "none" else norm(w, config, "norm", x)
@@ -121,8 +126,10 @@ def reference_trace(
     states: list[Tensor] = []
     exit_loops = exit_probabilities = None
     if R > 0:
+        x = spread(config, x, in_core=True) if carried(config) else x
         e = norm(w, config, "prelude_norm", x) if config.prelude_norm else x
         s = initial_state(config, e, positions)
+        s = spread(config, s, in_core=True) if carried(config) else s
         states.append(s)
         inputs: list[Tensor] = []
         G = config.core_group_size or R
@@ -143,7 +150,7 @@ def reference_trace(
             x = x @ w["readout.weight"].T + w.get("readout.bias", 0.0)
         if config.final_norm == "after_loops":
             x = final_norm(x)
-    x = layers(x, range(P + R, P + R + C))
+    x = merge(layers(x, range(P + R, P + R + C)))
     state_is_normed = R > 0 and C == 0 and config.final_norm == "every_loop"
     return Trace(x if state_is_normed else final_norm(x), states, exit_loops, exit_probabilities, run.slots)
 
@@ -152,7 +159,7 @@ def embed(
     w: dict[str, Tensor], config: LoopedConfig, tokens: Tensor, positions: Tensor, token_types: Tensor | None
 ) -> Tensor:
     """The prelude's input [S, D]."""
-    x = config.embedding_scale * w["embed_tokens.weight"][tokens]
+    x = config.embedding_scale * ngrams(w, config, tokens, w["embed_tokens.weight"][tokens])
     if config.type_vocab_size > 0:
         x = x + w["token_type_embeddings.weight"][torch.zeros_like(tokens) if token_types is None else token_types]
     if config.position_embedding == "learned":
@@ -164,6 +171,29 @@ def embed(
         if config.embedding_projection_bias:
             x = x + w["embedding_projection.bias"]
     return x
+
+
+def ngrams(w: dict[str, Tensor], config: LoopedConfig, tokens: Tensor, x: Tensor) -> Tensor:
+    """Token embeddings x [S, D] with those of the n-grams that end in each token."""
+    spec, fused = config.ngram_embedding, []
+    if spec["type"] == "none":
+        return x
+    per_n = len(spec["table_sizes"]) // (spec["max_n"] - 1)
+    for s in range(len(tokens)):
+        rows = []
+        for i, size in enumerate(spec["table_sizes"]):
+            hashed, n = int(tokens[s]), i // per_n + 2
+            for j in range(1, n):
+                if s - j < 0 or int(tokens[s - j]) == spec["boundary_token_id"]:
+                    break
+                hashed += spec["hash_base"] ** j * int(tokens[s - j])
+            rows.append(w[f"ngram_embedding.tables.{i}.weight"][hashed % size])
+        if spec["fusion"] == "concat":
+            fused.append(x[s] + w["ngram_embedding.projections.0.weight"] @ torch.cat(rows))
+        else:
+            parts = [w[f"ngram_embedding.projections.{i}.weight"] @ row for i, row in enumerate(rows)]
+            fused.append((x[s] + sum(parts)) / (1 + len(rows)))
+    return torch.stack(fused)
 
 
 def norm(w: dict[str, Tensor], config: LoopedConfig, name: str, x: Tensor, t: int = 0) -> Tensor:
@@ -228,9 +258,10 @@ def condition(w: dict[str, Tensor], config: LoopedConfig, t: int, positions: Ten
     if spec["type"] == "embedding":
         return x + last_row(w["loop_conditioning.embedding"], t)
     if spec["type"] == "sinusoidal":
-        signal = time_signal(float(t), x.shape[-1]).expand(x.shape)
+        signal = time_signal(float(t), x.shape[-1]).expand(len(x), -1)
         if spec["positions"] == "every_loop":
             signal = signal + torch.stack([time_signal(float(i), x.shape[-1]) for i in positions])
+        signal = signal.reshape(len(x), *[1] * (x.ndim - 2), -1)
         return x + spec["scale"] * signal
     return x
 
@@ -332,22 +363,23 @@ def last_row(table: Tensor, t: int) -> Tensor:
 
 
 def block(run: Run, layer: int, t: int, x: Tensor) -> Tensor:
-    """One layer on the residual stream x [S, D], in loop t."""
+    """One layer on the residual stream x [S, D], or streams [S, n, D], in loop t."""
     w, config, prefix = run.w, run.config, f"layers.{layer}."
 
     def normed(name: str, branch: Tensor) -> Tensor:
         return norm(w, config, prefix + name, branch, t)
 
-    def place(x: Tensor, f, before: str, after: str) -> Tensor:
+    def place(x: Tensor, branch: str, f, before: str, after: str) -> Tensor:
+        x, plus = connect(w, config, layer, branch, t, x)
         if config.norm_placement == "pre":
-            return x + f(normed(before, x))
+            return plus(f(normed(before, x)))
         if config.norm_placement == "sandwich":
-            return x + normed(after, f(normed(before, x)))
+            return plus(normed(after, f(normed(before, x))))
         if config.norm_placement == "sandwich_sum":
-            return normed(after, x + f(normed(before, x)))
+            return normed(after, plus(f(normed(before, x))))
         if config.norm_placement == "post":
-            return normed(after, x + f(x))
-        return x + normed(after, f(x))
+            return normed(after, plus(f(x)))
+        return plus(normed(after, f(x)))
 
     def attend(branch: Tensor) -> Tensor:
         return attention(run, layer, t, branch)
@@ -365,10 +397,10 @@ def block(run: Run, layer: int, t: int, x: Tensor) -> Tensor:
     def read(branch: Tensor) -> Tensor:
         return cross_attention(run, layer, t, branch)
 
-    x = place(x, attend, "input_layernorm", "post_attention_layernorm")
+    x = place(x, "attention", attend, "input_layernorm", "post_attention_layernorm")
     if config.add_cross_attention:
-        x = place(x, read, "pre_cross_attn_layernorm", "post_cross_attn_layernorm")
-    return place(x, feed, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+        x = place(x, "", read, "pre_cross_attn_layernorm", "post_cross_attn_layernorm")
+    return place(x, "mlp", feed, "pre_feedforward_layernorm", "post_feedforward_layernorm")
 
 
 def loop_weight(w: dict[str, Tensor], name: str, t: int, kind: str = "weight") -> Tensor:
@@ -404,6 +436,10 @@ def attention(run: Run, layer: int, t: int, x: Tensor) -> Tensor:
         keys, values = run.held[layer]
     else:
         keys, values = heads(w, config, prefix, "k", t, x, run.rope), value_heads(run, layer, t, x)
+        if config.depth_attention["type"] == "anchors":
+            values = mix_depth(queries, keys, values, run.anchors)
+            if layer % config.depth_attention["stride"] == 0:
+                run.anchors.append((keys, values))
         run.slots.append((keys, values))
         core = range(config.num_prelude_layers, config.num_prelude_layers + config.num_core_layers)
         if config.kv_sharing == "first_loop" and layer in core:
@@ -473,6 +509,20 @@ def value_heads(run: Run, layer: int, t: int, x: Tensor) -> Tensor:
             gate = 2 / (1 + torch.exp(-(x[:, : spec["gate_channels"]] @ row)))
             values[head] = values[head] + gate[:, None] * embedded[head]
     return clip(config, torch.stack(values))
+
+
+def mix_depth(queries: Tensor, keys: Tensor, values: Tensor, anchors: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Values [heads, S, K], each mixed with those that the anchors had for the same head and token."""
+    mixed = torch.empty_like(values)
+    group = len(queries) // len(keys)
+    for head in range(len(keys)):
+        for s in range(keys.shape[1]):
+            q = sum(queries[head * group : (head + 1) * group, s]) / group
+            sources = [(key[head, s], value[head, s]) for key, value in [*anchors, (keys, values)]]
+            weights = [torch.exp(q @ key / math.sqrt(len(q))) for key, _ in sources]
+            mixture = sum(weight * value for weight, (_, value) in zip(weights, sources, strict=True))
+            mixed[head, s] = mixture / sum(weights)
+    return mixed
 
 
 def clip(config: LoopedConfig, x: Tensor) -> Tensor:

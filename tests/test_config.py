@@ -132,6 +132,42 @@ REFUSED = {
         {"value_embedding": {"type": "gated", "layers": [3], "gate_channels": 33}},
         ["value_embedding: gate_channels=33", "must not exceed the width of layer 3, 32"],
     ),
+    "streams_halting": (
+        {"residual_streams": "mhc", "halting": "gate"},
+        ["halting='gate' with residual_streams='mhc', span='model'", "use span='part', or halting='none'"],
+    ),
+    "streams_norm": (
+        {"residual_streams": "hyper_connections", "final_norm": "every_loop"},
+        ["final_norm='every_loop' with residual_streams='hyper_connections'", "'end' or 'after_loops' or 'none'"],
+    ),
+    "streams_of_a_stack": (
+        {"residual_streams": {"type": "mhc", "own_loops": 2}, "num_core_layers": 0},
+        ["residual_streams: own_loops=2 acts on the core", "use 1"],
+    ),
+    "one_stream": (
+        {"residual_streams": {"type": "mhc", "num_streams": 1}},
+        ["residual_streams: type 'mhc': num_streams=1 must be at least 2"],
+    ),
+    "depth_sharing": (
+        {"depth_attention": "anchors", "kv_sharing": "first_loop"},
+        ["kv_sharing='first_loop' with depth_attention='anchors'", "use kv_sharing='none'"],
+    ),
+    "depth_heads": (
+        {"depth_attention": "anchors", "core_num_key_value_heads": 4},
+        ["core_num_key_value_heads=4 with depth_attention='anchors'", "num_key_value_heads=2"],
+    ),
+    "depth_routing": (
+        {"depth_attention": "anchors", "halting": "token_choice"},
+        ["halting='token_choice' with depth_attention='anchors'"],
+    ),
+    "narrow_ngrams": (
+        {"ngram_embedding": "hashed", "embedding_size": 16},
+        ["ngram_embedding='hashed' with embedding_size=16", "use embedding_size=None"],
+    ),
+    "ngram_tables": (
+        {"ngram_embedding": {"type": "hashed", "table_sizes": [5, 7, 11]}},
+        ["ngram_embedding: type 'hashed': table_sizes=[5, 7, 11]", "a multiple of max_n - 1 = 2"],
+    ),
     "truncation": (
         {"backprop_loops": 1, "injection": "none", "state_init": "input"},
         ["backprop_loops=1", "injection='none'", "diagonal, add, concat"],
@@ -145,6 +181,8 @@ REFUSED_TOGETHER = [
     *("value_bias", "core_heads", "groups_and_injection", "groups_and_halting", "groups_and_norm"),
     *(f"core_width_and_{name}" for name in ("injection", "state", "skip", "readout", "norm")),
     *("narrow_embeddings_tied", "narrow_embeddings_linear_head", "value_layer", "value_gate"),
+    *("streams_halting", "streams_norm", "streams_of_a_stack"),
+    *("depth_sharing", "depth_heads", "depth_routing", "narrow_ngrams"),
 ]
 #: `narrow` is wrong only while head_dim follows from hidden_size, and `no_layers` is refused at its last write.
 REFUSED_AT_ONCE = [name for name in REFUSED if name not in (*REFUSED_TOGETHER, "narrow", "no_layers")]

@@ -172,6 +172,10 @@ BLOCKING: dict[str, tuple[dict[str, Any], set[str]]] = {
     "final_norm none in a stack": ({"num_core_layers": 0, "final_norm": "none"}, {"final_norm"}),
     "half_relu2": ({"hidden_act": "half_relu2"}, {"hidden_act"}),
     "value_embedding": ({"value_embedding": {"type": "gated", "gate_channels": 8}}, {"value_embedding"}),
+    "depth_attention": ({"depth_attention": "anchors"}, {"depth_attention"}),
+    "ngram_embedding": ({"ngram_embedding": "hashed"}, {"ngram_embedding"}),
+    "residual_streams": ({"residual_streams": "mhc"}, {"residual_streams"}),
+    "residual_streams in a stack": ({"num_core_layers": 0, "residual_streams": "mhc"}, {"residual_streams"}),
     "core sizes": (
         {"core_intermediate_size": 40, "core_num_attention_heads": 6},
         {"core_intermediate_size", "core_num_attention_heads"},
