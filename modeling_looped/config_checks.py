@@ -240,8 +240,8 @@ def check_cross_attention(config: LoopedConfig) -> None:
         )
     if config.add_cross_attention and config.residual_streams["type"] != "none":
         raise ValueError(
-            f"add_cross_attention=True with residual_streams={config.residual_streams['type']!r}: the streams connect to "
-            "attention and MLP only; use residual_streams='none'."
+            f"add_cross_attention=True with residual_streams={config.residual_streams['type']!r}: the streams connect "
+            "to self-attention and MLP only; use residual_streams='none'."
         )
     if config.cross_attention_hidden_size is not None and not config.add_cross_attention:
         raise ValueError(

@@ -165,7 +165,10 @@ def configs(draw: st.DrawFn, **fixed: Any) -> LoopedConfig:
         fields["core_group_size"] = 1
     elif special == "core_sizes":
         fields |= draw(core_sizes())
-    return tiny_config(**(fields | chosen_strategies(draw, fields) | fixed))
+    chosen = chosen_strategies(draw, fields)
+    if fixed.get("add_cross_attention"):
+        chosen["residual_streams"] = {"type": "none"}
+    return tiny_config(**(fields | chosen | fixed))
 
 
 @st.composite

@@ -247,6 +247,7 @@ def test_every_projection_of_the_cross_attention_is_in_the_tensor_parallel_plan(
     [
         ({"add_cross_attention": True}, "add_cross_attention=True with is_decoder=False"),
         ({**DECODER, "is_causal": False}, "is_decoder=True with is_causal=False"),
+        ({**DECODER, "residual_streams": "mhc"}, "add_cross_attention=True with residual_streams='mhc'"),
         ({"cross_attention_hidden_size": 8}, "cross_attention_hidden_size=8 with add_cross_attention=False"),
         ({**DECODER, "cross_attention_hidden_size": 0}, "cross_attention_hidden_size=0 must be None or at least 1"),
     ],
