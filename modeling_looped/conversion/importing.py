@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from modeling_looped.configuration_looped import LoopedConfig
+from modeling_looped.depth_sampling import STEP
 
 from .checkpoint import Steps
 from .companions import GENERATION_CONFIG, bring_companions
@@ -164,11 +165,13 @@ def looped_config(family: PublishedFamily, fields: Mapping[str, Any]) -> LoopedC
 
 
 def our_shapes(model_class: type[PreTrainedModel], config: LoopedConfig) -> dict[str, torch.Size]:
-    """Shape of every tensor that a checkpoint of ours stores: all but those that are another one by another name."""
+    """Shape of every weight that a checkpoint of ours stores: all but those that are another one by another name."""
     with torch.device("meta"):
         model = model_class(config)
     return {
-        name: tensor.shape for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys
+        name: tensor.shape
+        for name, tensor in model.state_dict().items()
+        if name not in model.all_tied_weights_keys and not name.endswith(STEP)
     }
 
 
@@ -215,6 +218,7 @@ def widest_dtype(stored: StoredTensors) -> torch.dtype:
 def described(config: LoopedConfig) -> dict[str, Any]:
     """What our config says of the function of the weights, for comparison at export."""
     unrelated = {"architectures", "auto_map", "dtype", "transformers_version", "use_cache", "id2label", "label2id"}
+    unrelated |= {"backprop_loops", "checkpoint_granularity", "depth_sampling", "max_trained_loops"}  # of training
     unrelated |= {"bos_token_id", "eos_token_id", "pad_token_id", "_name_or_path"}
     return {name: value for name, value in config.to_dict().items() if name not in unrelated}
 
