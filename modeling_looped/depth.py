@@ -23,10 +23,12 @@ class Depth(NamedTuple):
     Attributes:
         loops: T, loops that the call runs, at least the largest depth.
         each: depth of every row [B, 1, 1] or token [B, S, 1], int64; `None`: all loops count for all.
+        shallowest: a depth that none falls short of; `None`: the smallest of `each`.
     """
 
     loops: int
     each: Tensor | None = None
+    shallowest: int | None = None
 
     def freeze(self, loop: int, previous: Tensor, state: Tensor) -> Tensor:
         """The state after loop `loop` (from 0), which took `previous` to `state`, both [B, S, D]."""
@@ -38,8 +40,9 @@ class Depth(NamedTuple):
         """The loop from which on something belongs to the last `backprop_loops` loops of a token."""
         if backprop_loops is None:
             return 0
-        shallowest = self.loops if self.each is None else int(self.each.min())
-        return shallowest - backprop_loops
+        if self.each is None:
+            return self.loops - backprop_loops
+        return (int(self.each.min()) if self.shallowest is None else self.shallowest) - backprop_loops
 
     def truncate(self, loop: int, backprop_loops: int | None, state: Tensor) -> Tensor:
         """`state` after loop `loop`, cut off from it where the loop is not among a token's last `backprop_loops`.

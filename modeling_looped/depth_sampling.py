@@ -171,8 +171,8 @@ class SampledDepth(DepthSampling):
             return Depth(loops)
         batch, length = given_shape(input_ids, inputs_embeds)
         each = depths(row_keys(input_ids, batch), length if self.params.granularity == "token" else 1)
-        loops = largest_on_any_rank(int(each.max()), self.step.device)
-        return Depth(loops, each.unsqueeze(-1).to(self.step.device))
+        shallowest, loops = range_on_all_ranks(int(each.min()), int(each.max()), self.step.device)
+        return Depth(loops, each.unsqueeze(-1).to(self.step.device), shallowest)
 
 
 @DEPTH_SAMPLINGS.register("poisson")
@@ -276,15 +276,15 @@ def is_shared() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-def largest_on_any_rank(loops: int, device: torch.device) -> int:
-    """The largest of all ranks' loop counts: with weights gathered in every loop (FSDP2), a rank that ran fewer would
-    leave the others waiting.
+def range_on_all_ranks(smallest: int, largest: int, device: torch.device) -> tuple[int, int]:
+    """The smallest and the largest depth of all ranks: with weights gathered in every loop (FSDP2), a rank that ran
+    fewer loops, or fewer with a graph, would leave the others waiting.
     """
     if not is_shared():
-        return loops
-    largest = torch.tensor(loops, device=device)
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    return int(largest)
+        return smallest, largest
+    extremes = torch.tensor((-smallest, largest), device=device)
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    return -int(extremes[0]), int(extremes[1])
 
 
 def refuse_disagreement(loops: int, device: torch.device) -> None:
@@ -292,8 +292,7 @@ def refuse_disagreement(loops: int, device: torch.device) -> None:
     different loop counts, which would otherwise hang under FSDP2.
     """
     if is_shared() and dist.get_debug_level() != dist.DebugLevel.OFF:
-        largest = largest_on_any_rank(loops, device)
-        smallest = -largest_on_any_rank(-loops, device)
+        smallest, largest = range_on_all_ranks(loops, loops, device)
         if smallest != largest:
             raise RuntimeError(
                 f"depth_sampling drew {smallest} loops on one rank and {largest} on another: the ranks' models stand "

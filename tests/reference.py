@@ -87,6 +87,7 @@ def reference_trace(
     token_types: Tensor | None = None,
     backprop_loops: int | None = None,
     training: bool = False,
+    depths: Tensor | None = None,
 ) -> Trace:
     """Run one sequence of token ids [S].
 
@@ -96,10 +97,14 @@ def reference_trace(
         positions: position of every token [S]; `None`: 0, 1, 2, …
         token_types: type of every token [S]; `None`: 0.
         backprop_loops: the last so many loops keep a graph; `None`: all.
+        depths: loops that each token takes [S], after which it keeps its state; `None`: T, all of them.
         training: whether the choice of a loop passes the gate's gradient straight through.
     """
     w = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     T = config.num_loops if num_loops is None else num_loops
+    T = T if depths is None else int(depths.max())
+    own = T if depths is None else depths[:, None]
+    own_loops = torch.as_tensor(own)
     P, R, C = config.num_prelude_layers, config.num_core_layers, config.num_coda_layers
     positions = torch.arange(len(tokens)) if positions is None else positions
     rope = rope_angles(config, positions) if config.position_embedding == "rope" else None
@@ -126,11 +131,12 @@ def reference_trace(
             for t in range(T):
                 inputs.append(condition(w, config, t, positions, inject(w, config, t, s, e)))
                 y = layers(inputs[-1], range(first, first + G), t)
-                s = update(w, config, t, T, s, y)
+                after = update(w, config, t, own, s, y)
                 if config.final_norm == "every_loop":
-                    s = final_norm(s)
-                if backprop_loops is not None and t < T - backprop_loops:
-                    s = s.detach()
+                    after = final_norm(after)
+                s = torch.where(t < own_loops, after, s)
+                if backprop_loops is not None and t < own_loops.max() - backprop_loops:
+                    s = torch.where(t < own_loops - backprop_loops, s.detach(), s)
                     for layer, shared in run.held.items():
                         run.held[layer] = (shared[0].detach(), shared[1].detach())
                 states.append(s)
@@ -241,8 +247,8 @@ def time_signal(time: float, channels: int) -> Tensor:
     return signal
 
 
-def update(w: dict[str, Tensor], config: LoopedConfig, t: int, T: int, s: Tensor, y: Tensor) -> Tensor:
-    """The next state from the state s and the core's output y."""
+def update(w: dict[str, Tensor], config: LoopedConfig, t: int, T: int | Tensor, s: Tensor, y: Tensor) -> Tensor:
+    """The next state from the state s and the core's output y, of T loops, or as many for each token [S, 1]."""
     spec = config.loop_update
     if spec["type"] == "replace":
         return y
