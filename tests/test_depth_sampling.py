@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from helpers import random_tokens, tiny_config, tiny_model
+from helpers import VARIANTS, random_tokens, tiny_config, tiny_model
 from huggingface_hub.errors import StrictDataclassError
 from hypothesis import given
 from hypothesis import strategies as st
@@ -239,6 +239,11 @@ def test_an_adapter_checkpoint_carries_the_step_if_it_is_told_to():
     resumed = get_peft_model(sampled_model(), copy.deepcopy(config))
     set_peft_model_state_dict(resumed, saved)
     assert [int(resumed(input_ids=TOKENS).num_loops[0]) for _ in range(5)] == straight[4:]
+
+
+def test_a_model_that_trains_at_sampled_depth_unrolls_as_any_other():
+    model = tiny_model(**VARIANTS["in_place"], depth_sampling="poisson")
+    torch.testing.assert_close(model.unroll()(TOKENS).logits, model(TOKENS).logits, rtol=0, atol=1e-4)
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------
