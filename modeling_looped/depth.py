@@ -32,9 +32,7 @@ class Depth(NamedTuple):
 
     def freeze(self, loop: int, previous: Tensor, state: Tensor) -> Tensor:
         """The state after loop `loop` (from 0), which took `previous` to `state`, both [B, S, D]."""
-        if self.each is None:
-            return state
-        return torch.where(self.each.to(state.device) > loop, state, previous.to(state))
+        return torch.where(self.own(state) > loop, state, previous.to(state))
 
     def first_loop_with_graph(self, backprop_loops: int | None) -> int:
         """The loop from which on something belongs to the last `backprop_loops` loops of a token."""
@@ -51,9 +49,13 @@ class Depth(NamedTuple):
         end at the same time instead: that needs a graph of no more than `backprop_loops` loops, but a token then runs
         its loops at other times than its neighbours, and the core must not know which loop it is in.)
         """
-        if self.each is None or backprop_loops is None:
+        if backprop_loops is None:
             return state
-        return torch.where(self.each.to(state.device) - backprop_loops > loop, state.detach(), state)
+        return torch.where(self.own(state) - backprop_loops > loop, state.detach(), state)
+
+    def own(self, state: Tensor) -> Tensor:
+        """`each`, on the device of `state`."""
+        return torch.as_tensor(self.loops if self.each is None else self.each, device=state.device)
 
     def counts(self, embeds: Tensor) -> Tensor:
         """Loops that each row of `embeds` [B, S, D] ran, int64 [B], or each token, [B, S]."""

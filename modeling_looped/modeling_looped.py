@@ -243,7 +243,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
         token_values = self.value_embeddings(input_ids)
         embeds: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        depth = depth_of(self.config.num_loops if num_loops is None else num_loops, *embeds.shape[:2])
+        depth = Depth(self.config.num_loops) if num_loops is None else depth_of(num_loops, *embeds.shape[:2])
         layout = self._layout(depth.loops)
 
         if not self.config.is_causal:
@@ -321,7 +321,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             exit_probabilities=torch.stack(readings.probabilities, dim=-1)
             if readings is not None and readings.probabilities
             else None,
-            num_loops=depth.counts(embeds) if isinstance(num_loops, Depth | Tensor) else None,
+            num_loops=None if num_loops is None or isinstance(num_loops, int) else depth.counts(embeds),
         )
 
     def _run_loops(
@@ -373,8 +373,9 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
                 taken, key_values = step(
                     entering, streams[turn.state], inject, turn, depth, run, positions, key_values, route
                 )
-                state = depth.freeze(turn.outer_loop, streams[turn.state], taken.state)
-                taken = taken._replace(state=depth.truncate(turn.outer_loop, backprop_loops, state))
+                if depth.each is not None:
+                    state = depth.freeze(turn.outer_loop, streams[turn.state], taken.state)
+                    taken = taken._replace(state=depth.truncate(turn.outer_loop, backprop_loops, state))
                 streams = (*streams[: turn.state], taken.state, *streams[turn.state + 1 :])
                 if turn.ends_loop:
                     is_last = turn is turns[-1]
