@@ -275,6 +275,7 @@ def check_strategies(config: LoopedConfig) -> None:
             ("halting", "none"),
             ("readout", "none"),
             ("schedule", "flat"),
+            ("depth_sampling", "fixed"),
         ):
             if getattr(config, field)["type"] != harmless:
                 raise ValueError(
@@ -374,6 +375,16 @@ def check_backprop(config: LoopedConfig) -> None:
         )
 
 
+def check_depth_sampling(config: LoopedConfig) -> None:
+    """A rule that gives out weights over all loops has no last loop per row."""
+    granularity = config.depth_sampling.get("granularity", "batch")
+    if config.num_core_layers and granularity != "batch" and config.halting["type"] != "none":
+        raise ValueError(
+            f"depth_sampling: granularity={granularity!r} with halting={config.halting['type']!r}: the halting rule "
+            "chooses among the loops of a whole batch; use granularity='batch', or halting='none'."
+        )
+
+
 def counts_are_valid(config: LoopedConfig) -> bool:
     """Whether the numbers of layers and loops make sense, so that slots can be counted."""
     parts = (config.num_prelude_layers, config.num_core_layers, config.num_coda_layers)
@@ -412,4 +423,5 @@ CHECKS = (
     check_depth_attention,
     check_routing,
     check_backprop,
+    check_depth_sampling,
 )

@@ -23,6 +23,7 @@ from .config_checks import (
     counts_message,
 )
 from .depth_attention import DEPTH_ATTENTIONS
+from .depth_sampling import DEPTH_SAMPLINGS
 from .halting import HALTINGS
 from .injection import INJECTIONS
 from .loop_adapter import LOOP_ADAPTERS
@@ -55,6 +56,7 @@ STRATEGY_FIELDS: dict[str, Registry] = {
         RESIDUAL_STREAMS,
         DEPTH_ATTENTIONS,
         SCHEDULES,
+        DEPTH_SAMPLINGS,
     )
 }
 
@@ -84,6 +86,7 @@ STRUCTURE_FIELDS = (
     "position_embedding",
     "add_cross_attention",
     "cross_attention_hidden_size",
+    "depth_sampling",
 )
 
 #: What the published looped models call the loop count. Accepting one of these silently would run another function
@@ -171,7 +174,7 @@ class LoopedConfig(PreTrainedConfig):
         kv_sharing (`str`, defaults to `"none"`): `first_loop` makes every later loop of a core layer attend to the
             keys and values of its first, so that the cache holds one slot per stored layer.
         max_trained_loops (`int`, *optional*): the largest loop count seen in training; a larger one warns once.
-            `None`: unknown, never warns.
+            `None`: unknown, never warns. Training with `depth_sampling` raises it to what it draws.
         num_attention_heads (`int`, defaults to 12), num_key_value_heads (`int`, *optional*: as many), head_dim (`int`,
             *optional*: hidden_size / num_attention_heads): attention shape (grouped-query attention).
         core_hidden_size, core_intermediate_size, core_num_attention_heads, core_num_key_value_heads (`int`,
@@ -253,10 +256,13 @@ class LoopedConfig(PreTrainedConfig):
             mixed with: `none` or `anchors` [depth_attention.py].
         schedule (`dict` or `str`, defaults to `"flat"`): order of the core's layers and the states they work on:
             `flat` or `nested` [schedule.py].
+        depth_sampling (`dict` or `str`, defaults to `"fixed"`): how many loops a call in training runs that is not
+            told: `fixed` (`num_loops`), `poisson`, `lognormal_poisson` or `uniform` [depth_sampling.py]. Evaluation
+            never samples.
         prefix_lm (`bool`, defaults to `False`): let the tokens whose `token_type_ids` are 1 see each other in both
             directions, in a call without a cache or on an empty one.
         backprop_loops (`int`, *optional*): in training, only the last so many loops keep a graph (truncated
-            backpropagation). `None`: all.
+            backpropagation), of each sequence or token if they have depths of their own. `None`: all.
         checkpoint_granularity (`str`, defaults to `"layer"`): what gradient checkpointing, once enabled, recomputes at
             a time: each `layer`, or each whole `loop` of the core (memory then hardly grows with the loop count).
         initializer_range (`float`, defaults to 0.02): standard deviation of the initialisation.
@@ -345,6 +351,7 @@ class LoopedConfig(PreTrainedConfig):
     residual_streams: Spec = "none"
     depth_attention: Spec = "none"
     schedule: Spec = "flat"
+    depth_sampling: Spec = "fixed"
     backprop_loops: int | None = None
     checkpoint_granularity: str = "layer"
     initializer_range: float = 0.02

@@ -74,6 +74,20 @@ def refuse_foreign_cache(cache: Cache, num_slots: int, layout: SlotLayout) -> No
     )
 
 
+def refuse_mixed_depths(config: LoopedConfig, cache: Cache | None) -> None:
+    """Raise ValueError where rows or tokens cannot have depths of their own."""
+    if cache is not None:
+        raise ValueError(
+            "num_loops holds a depth for each sequence or token, and a cache belongs to one loop count: leave "
+            "past_key_values out, or pass one integer."
+        )
+    if config.num_core_layers and config.halting["type"] != "none":
+        raise ValueError(
+            f"num_loops holds a depth for each sequence or token, and halting={config.halting['type']!r} chooses "
+            "among the loops of a whole batch: pass one integer."
+        )
+
+
 def prefix_blocks(config: LoopedConfig, token_type_ids: Tensor | None) -> dict[str, Tensor]:
     """The argument of Transformers' mask functions that lets tokens of type 1 see each other (`config.prefix_lm`)."""
     if not config.prefix_lm or token_type_ids is None:

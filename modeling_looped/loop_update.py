@@ -24,10 +24,11 @@ class LoopUpdate(Strategy):
     """Abstract loop update."""
 
     @abstractmethod
-    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int, group: int = 0) -> Tensor:
+    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int | Tensor, group: int = 0) -> Tensor:
         """Next state from the previous `state` and the core's `output`; all [B, S, D].
 
-        `group`: which of the groups of core layers that loop one after the other has run (`core_group_size`).
+        `num_loops` is the number of loops of the call, or of each row [B, 1, 1] or token [B, S, 1]; `group`: which of
+        the groups of core layers that loop one after the other has run (`core_group_size`).
         """
 
     @abstractmethod
@@ -40,7 +41,7 @@ class LoopUpdate(Strategy):
 class ReplaceUpdate(LoopUpdate):
     """s <- y."""
 
-    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int, group: int = 0) -> Tensor:
+    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int | Tensor, group: int = 0) -> Tensor:
         return output
 
     def is_replace(self, num_loops: int) -> bool:
@@ -102,8 +103,9 @@ class DampedUpdate(LoopUpdate):
             if self.steps is not None and (not isinstance(self.steps, int) or self.steps < 1):
                 raise ValueError(f"steps={self.steps!r} must be None (the loop count) or an integer of at least 1.")
 
-    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int, group: int = 0) -> Tensor:
-        return torch.lerp(state, output, 1.0 / (self.params.steps or num_loops))
+    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int | Tensor, group: int = 0) -> Tensor:
+        step = 1.0 / (self.params.steps or num_loops)
+        return torch.lerp(state, output, step.to(output) if isinstance(step, Tensor) else step)
 
     def is_replace(self, num_loops: int) -> bool:
         return (self.params.steps or num_loops) == 1
@@ -136,7 +138,7 @@ class LearnedScaleUpdate(LoopUpdate):
     def init_weights(self) -> None:
         init.constant_(self.scale, self.params.initial_scale)
 
-    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int, group: int = 0) -> Tensor:
+    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int | Tensor, group: int = 0) -> Tensor:
         return torch.lerp(state, output, self.scale[table_row(loop_idx, self.params.table_loops)].to(output.dtype))
 
     def is_replace(self, num_loops: int) -> bool:
@@ -176,7 +178,7 @@ class GatedUpdate(LoopUpdate):
     def init_weights(self) -> None:
         init.constant_(self.gate, math.log(self.params.initial_gate / (1.0 - self.params.initial_gate)))
 
-    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int, group: int = 0) -> Tensor:
+    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int | Tensor, group: int = 0) -> Tensor:
         gate = torch.sigmoid(self.gate.float())
         if loop_idx < self.params.free_loops:
             # A gate that a short run never opens still gets a (zero) gradient, as DDP and the Trainer expect.

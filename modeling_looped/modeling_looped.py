@@ -32,7 +32,9 @@ from .attention import LoopedAttention
 from .conditioning import LOOP_CONDITIONINGS
 from .configuration_looped import LoopedConfig, refuse_foreign_loop_names
 from .cross_attention import CrossAttention, encoder_states, split_cache
+from .depth import Depth, depth_of
 from .depth_attention import DEPTH_ATTENTIONS
+from .depth_sampling import DEPTH_SAMPLINGS, draws_depth
 from .embeddings import LoopedEmbeddingMixin
 from .generation import LoopedGenerationMixin
 from .halting import HALTINGS, Readings, Route, Step
@@ -43,6 +45,7 @@ from .inputs import (
     default_position_ids,
     refuse_cache_in_recompute,
     refuse_foreign_cache,
+    refuse_mixed_depths,
     refuse_what_cannot_route,
     valid_tokens,
 )
@@ -58,7 +61,7 @@ from .registry import BuildContext, SelfInitialised
 from .residual_streams import RESIDUAL_STREAMS
 from .rotary import LoopedRotaryEmbedding
 from .schedule import SCHEDULES
-from .slots import SlotLayout, Turn, checked_num_loops
+from .slots import SlotLayout, Turn
 from .state import STATE_INITS
 from .unrolling import unroll
 from .value_embedding import VALUE_EMBEDDINGS
@@ -87,6 +90,9 @@ class LoopedPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["LoopedDecoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
+    # A count of training steps: a checkpoint without one starts at 0, a model that does not sample needs none.
+    _keys_to_ignore_on_load_missing = [r"depth_sampling\.step"]
+    _keys_to_ignore_on_load_unexpected = [r"depth_sampling\.step"]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -227,6 +233,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             self.halting = HALTINGS.build(config.halting, context)
             self.schedule = SCHEDULES.build(config.schedule, context)
             self.readout = READOUTS.build(config.readout, context)
+            self.depth_sampling = DEPTH_SAMPLINGS.build(config.depth_sampling, context)
         self.norm = nn.Identity() if config.final_norm == "none" else norm()
         self.rotary_emb = LoopedRotaryEmbedding(config)
         self.stored_types = [config.stored_layer_type(layer) for layer in range(config.num_stored_layers)]
@@ -235,6 +242,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         self.post_init()
         offer_peft_defaults(config.model_type)
 
+    @draws_depth
     @hidden_states_of_the_call
     @merge_with_config_defaults
     @capture_outputs
@@ -248,7 +256,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         use_cache: bool | None = None,
         token_type_ids: torch.LongTensor | None = None,
-        num_loops: int | None = None,
+        num_loops: int | torch.Tensor | None = None,
         initial_state: torch.FloatTensor | None = None,
         output_loop_hidden_states: bool = False,
         encoder_hidden_states: torch.FloatTensor | None = None,
@@ -257,8 +265,10 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
     ) -> LoopedModelOutput:
         r"""
-        num_loops (`int`, *optional*):
-            How often the core runs in this call; `None`: `config.num_loops`. A cache belongs to one loop count.
+        num_loops (`int`, or `torch.LongTensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`, optional):
+            How often the core runs in this call; `None`: `config.num_loops`, or in training what
+            `config.depth_sampling` draws. A cache belongs to one loop count; a tensor is a depth for each sequence or
+            token, without a cache.
         initial_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, state_size)`, *optional*):
             State before the first loop, in place of what `config.state_init` makes.
         output_loop_hidden_states (`bool`, *optional*, defaults to `False`):
@@ -270,9 +280,10 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         refuse_foreign_loop_names(kwargs, "forward")
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
-        layout = self._layout(num_loops)
         token_values = self.value_embeddings(input_ids)
         embeds: Tensor = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        depth = Depth(self.config.num_loops) if num_loops is None else depth_of(num_loops, *embeds.shape[:2])
+        layout = self._layout(depth.loops)
 
         if not self.config.is_causal:
             use_cache, past_key_values = False, None
@@ -282,6 +293,9 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
                 use_cache = False
             refuse_what_cannot_route(self.config, self.halting, past_key_values, attention_mask, kwargs)
             valid = valid_tokens(embeds, attention_mask)
+        if depth.each is not None:
+            refuse_mixed_depths(self.config, past_key_values)
+            use_cache = False
         given_cache = past_key_values
         if use_cache and past_key_values is None:
             sized = self.config if layout.loops == self.config.num_loops else self.config.with_num_loops(layout.loops)
@@ -335,6 +349,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
                 valid,
                 num_slots,
                 layout,
+                depth,
                 run,
                 keep_states=output_loop_hidden_states,
             )
@@ -354,6 +369,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             exit_probabilities=torch.stack(readings.probabilities, dim=-1)
             if readings is not None and readings.probabilities
             else None,
+            num_loops=None if num_loops is None or isinstance(num_loops, int) else depth.counts(embeds),
         )
 
     def _run_loops(
@@ -365,6 +381,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         valid: Tensor | None,
         num_slots: int,
         layout: SlotLayout,
+        depth: Depth,
         run: Callable[..., LayersOutput],
         keep_states: bool,
     ) -> tuple[Readings, tuple[Tensor, ...], tuple[KeyValue, ...]]:
@@ -393,12 +410,13 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         while turns and not turns[-1].ends_loop:  # early exit in the middle of nested loops
             turns.pop()
         # Truncated backpropagation: the leading loops only find a state to start from.
-        detached = layout.loops - (self.config.backprop_loops or layout.loops) if self.training else 0
+        backprop_loops = self.config.backprop_loops if self.training else None
+        first_with_graph = depth.first_loop_with_graph(backprop_loops)
         kept, readings, streams = (state,), self.halting.start(state), self.schedule(state)
         held: dict[range, tuple[Held, ...]] = {}
         was_tracked = False
         for turn in turns:
-            tracked = turn.outer_loop >= detached
+            tracked = turn.outer_loop >= first_with_graph
             if tracked and not was_tracked:
                 held = {}  # what loops without a graph hand on would never have a gradient
             was_tracked = tracked
@@ -413,12 +431,16 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
                     inject,
                     turn,
                     layout,
+                    depth,
                     run,
                     positions,
                     held.get(turn.layers, ()),
                     anchors,
                     route,
                 )
+                if depth.each is not None:
+                    state = depth.freeze(turn.outer_loop, streams[turn.state], taken.state)
+                    taken = taken._replace(state=depth.truncate(turn.outer_loop, backprop_loops, state))
                 streams = (*streams[: turn.state], taken.state, *streams[turn.state + 1 :])
                 if turn.ends_loop:
                     is_last = turn is turns[-1]
@@ -433,6 +455,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         inject: Inject,
         turn: Turn,
         layout: SlotLayout,
+        depth: Depth,
         run: Callable[..., LayersOutput],
         positions: Tensor,
         held: tuple[Held, ...],
@@ -448,7 +471,8 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         output, held, anchors = run(core_input, turn.layers, turn.loop, held, anchors, **active)
         # The core may end on another device than it started on.
         previous, core_input = previous.to(output.device), core_input.to(output.device)
-        state = self.loop_update(previous, output, turn.loop, layout.loops, layout.group_of(turn.layers[0]))
+        num_loops = depth.loops if depth.each is None else depth.own(output)
+        state = self.loop_update(previous, output, turn.loop, num_loops, layout.group_of(turn.layers[0]))
         if self.config.final_norm == "every_loop":
             state = self.norm(state).to(output.device)
         if route is None:
@@ -511,7 +535,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
                 handed_on.append(for_later)
         return LayersOutput(self.residual_streams.leave(hidden_states), held or tuple(handed_on), anchors)
 
-    def _layout(self, num_loops: int | None) -> SlotLayout:
+    def _layout(self, num_loops: int) -> SlotLayout:
         """Slots of a call with `num_loops` loops, after checking it.
 
         Raises:
@@ -523,7 +547,6 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
                     f"config.{field}={getattr(self.config, field)!r} was written after the model was built with "
                     f"{built!r}, which it cannot follow: load it anew, with from_pretrained(..., {field}=...)."
                 )
-        num_loops = self.config.num_loops if num_loops is None else checked_num_loops(num_loops)
         trained = self.config.max_trained_loops
         if trained is not None and num_loops > trained and not torch.compiler.is_compiling():
             logger.warning_once(
@@ -564,7 +587,7 @@ class LoopedForCausalLM(LoopedHeadMixin, LoopedGenerationMixin, LoopedPreTrained
         use_cache: bool | None = None,
         token_type_ids: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        num_loops: int | None = None,
+        num_loops: int | torch.Tensor | None = None,
         initial_state: torch.FloatTensor | None = None,
         output_loop_hidden_states: bool = False,
         encoder_hidden_states: torch.FloatTensor | None = None,
@@ -572,8 +595,10 @@ class LoopedForCausalLM(LoopedHeadMixin, LoopedGenerationMixin, LoopedPreTrained
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
     ) -> LoopedCausalLMOutput:
         r"""
-        num_loops (`int`, *optional*):
-            How often the core runs in this call; `None`: `config.num_loops`. A cache belongs to one loop count.
+        num_loops (`int`, or `torch.LongTensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`, optional):
+            How often the core runs in this call; `None`: `config.num_loops`, or in training what
+            `config.depth_sampling` draws. A cache belongs to one loop count; a tensor is a depth for each sequence or
+            token, without a cache.
         initial_state (`torch.FloatTensor` of shape `(batch_size, sequence_length, state_size)`, *optional*):
             State before the first loop, in place of what `config.state_init` makes.
         output_loop_hidden_states (`bool`, *optional*, defaults to `False`):
@@ -621,6 +646,7 @@ class LoopedForCausalLM(LoopedHeadMixin, LoopedGenerationMixin, LoopedPreTrained
             loop_hidden_states=outputs.loop_hidden_states,
             exit_loops=outputs.exit_loops,
             exit_probabilities=outputs.exit_probabilities,
+            num_loops=outputs.num_loops,
         )
 
     def unroll(self, num_loops: int | None = None, *, family: str | None = None) -> PreTrainedModel:

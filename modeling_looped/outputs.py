@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils.output_capturing import selected_hidden_states
 
-from .slots import checked_num_loops
+from .depth import loops_of
 
 #: The config field by which Transformers would count the hidden states of a call. There is none, since their number
 #: depends on the call's `num_loops`: this leaves the counting to `hidden_states_of_the_call`.
@@ -37,12 +37,15 @@ class LoopedModelOutput(BaseModelOutputWithPast):
         cross_attentions (`tuple[torch.FloatTensor]`, *optional*, with `output_attentions=True` and
             `config.add_cross_attention`): weights [B, H, S, E] of each cross-attention over the encoder's E tokens, in
             the order of execution.
+        num_loops (`torch.LongTensor` of shape [B] or [B, S], *optional*, if the depth was drawn or given per row):
+            loops that each sequence, or each token, ran (`config.depth_sampling`).
     """
 
     cross_attentions: tuple[Tensor, ...] | None = None
     loop_hidden_states: tuple[Tensor, ...] | None = None
     exit_loops: Tensor | None = None
     exit_probabilities: Tensor | None = None
+    num_loops: Tensor | None = None
 
 
 # trf-ignore: TRF057 (described in full by hand)
@@ -59,12 +62,15 @@ class LoopedCausalLMOutput(CausalLMOutputWithPast):
             each token's distribution of exits over the loops, fp32.
         cross_attentions (`tuple[torch.FloatTensor]`, *optional*, with `output_attentions=True` and
             `config.add_cross_attention`): as in [`LoopedModelOutput`].
+        num_loops (`torch.LongTensor` of shape [B] or [B, S], *optional*, if the depth was drawn or given per row):
+            loops that each sequence, or each token, ran (`config.depth_sampling`).
     """
 
     cross_attentions: tuple[Tensor, ...] | None = None
     loop_hidden_states: tuple[Tensor, ...] | None = None
     exit_loops: Tensor | None = None
     exit_probabilities: Tensor | None = None
+    num_loops: Tensor | None = None
 
 
 def hidden_states_of_the_call(forward: Callable) -> Callable:
@@ -78,7 +84,7 @@ def hidden_states_of_the_call(forward: Callable) -> Callable:
         selected = selected_hidden_states(self.config.output_hidden_states if asked is None else asked)
         if selected is not None:
             num_loops = kwargs.get("num_loops")
-            num_loops = self.config.num_loops if num_loops is None else checked_num_loops(num_loops)
+            num_loops = self.config.num_loops if num_loops is None else loops_of(num_loops)
             layout = self.config.slot_layout(num_loops)
             cut = layout.num_slots - self.config.slots_to_run(num_loops)  # early exit
             indices = range(layout.num_invocations - cut + 1)

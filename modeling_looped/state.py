@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import abstractmethod
-from typing import TypeVar, final
+from typing import final
 
 import torch
 from torch import Tensor
 
+from .keyed_random import keyed_uniform
 from .registry import Registry, Strategy
 
 STATE_INITS: Registry[StateInit] = Registry("state_init")
@@ -121,38 +122,3 @@ def truncated_normal(uniform: Tensor, *, cut: float = 3.0) -> Tensor:
     """Map uniform numbers in (0, 1) to a standard normal truncated to [-cut, cut], by the inverse distribution."""
     tail = math.erf(cut / math.sqrt(2.0))
     return math.sqrt(2.0) * torch.erfinv((2.0 * uniform - 1.0) * tail)
-
-
-def keyed_uniform(seed: int, position_ids: Tensor, channels: int) -> Tensor:
-    """Uniform numbers in (0, 1) that depend on (seed, position, channel) only.
-
-    A counter-based generator: the key goes through rounds of a 31-bit multiply-xorshift mixer (the constants are those
-    of Wellons' `lowbias32`, held to 31 bits so that int64 products cannot overflow on any backend). Position, seed and
-    channel are mixed before they meet, so that no seed's numbers are another's, shifted.
-
-    Args:
-        position_ids: integers of shape [B, S].
-        channels: D.
-
-    Returns:
-        fp32 of shape [B, S, D].
-    """
-    channel = torch.arange(channels, device=position_ids.device, dtype=torch.int64)
-    key = _mix(_mix(seed & _MASK) ^ ((seed >> 31) & _MASK))
-    hashed = _mix(_mix(position_ids.to(torch.int64).unsqueeze(-1) & _MASK) ^ key)
-    hashed = _mix(hashed ^ _mix(channel))
-    return ((hashed >> 8).to(torch.float32) + 0.5) * 2.0**-23  # 23 bits and a half: all that fp32 holds below 1
-
-
-_MASK = (1 << 31) - 1
-
-Bits = TypeVar("Bits", Tensor, int)
-
-
-def _mix(value: Bits) -> Bits:
-    # the constant keeps 0 from staying 0
-    value = (value + 0x3C6EF372) & _MASK
-    for multiplier, shift in ((0x7FEB352D, 15), (0x046CA68B, 16)):
-        value = value ^ (value >> shift)
-        value = (value * multiplier) & _MASK
-    return value ^ (value >> 16)

@@ -38,6 +38,10 @@ WHAT_ELSE_A_LOOP_DOES = {
     "schedule": "two states read each other",
 }
 
+#: Strategies that never stand in the way: every slot's own weights take the adapters in, value embeddings have been
+#: looked at before, and depth is sampled in training only.
+NOT_ASKED = (LOOP_ADAPTERS.field, "value_embedding", "depth_sampling")
+
 
 def unroll(model: PreTrainedModel, num_loops: int | None = None, *, family: str | None = None) -> PreTrainedModel:
     """A stock stacked model that computes the same logits as `model` does with `num_loops` loops.
@@ -115,8 +119,8 @@ def blocking_loop_options(model: PreTrainedModel, config: LoopedConfig, layout: 
         return blocking
     base = model.get_submodule("model")
     for field in STRATEGY_FIELDS:
-        if field == LOOP_ADAPTERS.field or field in blocking or getattr(config, field)["type"] in ("none", "flat"):
-            continue  # every slot's own weights take the adapters in
+        if field in NOT_ASKED or field in blocking or getattr(config, field)["type"] in ("none", "flat"):
+            continue
         if not runs_layers_only(getattr(base, field, None), layout.loops):
             blocking[field] = WHAT_ELSE_A_LOOP_DOES.get(field, "a stack has no such thing")
     if config.kv_sharing != "none" and layout.loops > 1:

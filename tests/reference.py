@@ -93,6 +93,7 @@ def reference_trace(
     backprop_loops: int | None = None,
     training: bool = False,
     encoded: Tensor | None = None,
+    depths: Tensor | None = None,
 ) -> Trace:
     """Run one sequence of token ids [S].
 
@@ -102,11 +103,14 @@ def reference_trace(
         positions: position of every token [S]; `None`: 0, 1, 2, …
         token_types: type of every token [S]; `None`: 0.
         backprop_loops: the last so many loops keep a graph; `None`: all.
+        depths: loops that each token takes [S], after which it keeps its state; `None`: T, all of them.
         training: whether the choice of a loop passes the gate's gradient straight through.
         encoded: output of an encoder [E, D of the encoder], for a decoder.
     """
     w = {name.removeprefix("model."): tensor for name, tensor in weights.items()}
     T = config.num_loops if num_loops is None else num_loops
+    T = T if depths is None else int(depths.max())
+    own = torch.as_tensor(T if depths is None else depths)
     P, R, C = config.num_prelude_layers, config.num_core_layers, config.num_coda_layers
     positions = torch.arange(len(tokens)) if positions is None else positions
     rope = rope_angles(config, positions) if config.position_embedding == "rope" else None
@@ -137,11 +141,12 @@ def reference_trace(
             for t in range(T):
                 inputs.append(condition(w, config, t, positions, inject(w, config, t, s, e)))
                 y = layers(inputs[-1], range(first, first + G), t)
-                s = update(w, config, t, T, s, y, (first - P) // G)
+                after = update(w, config, t, per_token(own, s), s, y, (first - P) // G)
                 if config.final_norm == "every_loop":
-                    s = final_norm(s)
-                if backprop_loops is not None and t < T - backprop_loops:
-                    s = s.detach()
+                    after = final_norm(after)
+                s = torch.where(t < per_token(own, s), after, s)
+                if backprop_loops is not None and t < own.max() - backprop_loops:
+                    s = torch.where(t < per_token(own, s) - backprop_loops, s.detach(), s)
                     for layer, shared in run.held.items():
                         run.held[layer] = (shared[0].detach(), shared[1].detach())
                 states.append(s)
@@ -276,8 +281,17 @@ def time_signal(time: float, channels: int) -> Tensor:
     return signal
 
 
-def update(w: dict[str, Tensor], config: LoopedConfig, t: int, T: int, s: Tensor, y: Tensor, group: int) -> Tensor:
-    """The next state from the state s and the output y of a group of the core."""
+def per_token(values: Tensor, s: Tensor) -> Tensor:
+    """One number for all tokens, or one for each [S], to go with the state s [S, D], or streams [S, n, D]."""
+    return values if values.ndim == 0 else values.reshape(-1, *[1] * (s.ndim - 1))
+
+
+def update(
+    w: dict[str, Tensor], config: LoopedConfig, t: int, T: int | Tensor, s: Tensor, y: Tensor, group: int
+) -> Tensor:
+    """The next state from the state s and the output y of a group of the core, of T loops, or as many for each token
+    [S, 1].
+    """
     spec = config.loop_update
     if spec["type"] == "replace":
         return y

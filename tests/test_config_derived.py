@@ -311,6 +311,7 @@ def test_every_field_round_trips_at_a_value_that_is_not_its_default(tmp_path):
         "halting": {"type": "act", "threshold": 0.9, "initial_bias": -1.0, "form": "universal"},
         "readout": "linear",
         "value_embedding": {"type": "gated", "layers": [4, 0], "gate_channels": 7},
+        "depth_sampling": {"type": "uniform", "min_loops": 2, "max_loops": 9, "seed": 5},
         "backprop_loops": 2,
         "checkpoint_granularity": "loop",
         "initializer_range": 0.017,

@@ -14,6 +14,8 @@ from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 
+from modeling_looped.depth_sampling import STEP
+
 from .checkpoint import Steps
 from .companions import GENERATION_CONFIG, bring_companions
 from .manifest import manifest_json, versions
@@ -150,11 +152,13 @@ def plan_import(
 
 
 def our_shapes(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> dict[str, torch.Size]:
-    """Shape of every tensor that a checkpoint of ours stores: all but those that are another one by another name."""
+    """Shape of every weight that a checkpoint of ours stores: all but those that are another one by another name."""
     with torch.device("meta"):
         model = model_class(config)
     return {
-        name: tensor.shape for name, tensor in model.state_dict().items() if name not in model.all_tied_weights_keys
+        name: tensor.shape
+        for name, tensor in model.state_dict().items()
+        if name not in model.all_tied_weights_keys and not name.endswith(STEP)
     }
 
 
@@ -201,6 +205,7 @@ def widest_dtype(stored: StoredTensors) -> torch.dtype:
 def described(config: PreTrainedConfig) -> dict[str, Any]:
     """What our config says of the function of the weights, for comparison at export."""
     unrelated = {"architectures", "auto_map", "dtype", "transformers_version", "use_cache", "id2label", "label2id"}
+    unrelated |= {"backprop_loops", "checkpoint_granularity", "depth_sampling", "max_trained_loops"}  # of training
     unrelated |= {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "_name_or_path"}
 
     def related(values: dict[str, Any]) -> dict[str, Any]:
