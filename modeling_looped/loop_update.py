@@ -75,7 +75,7 @@ class RecursionEncodingUpdate(LoopUpdate):
     def init_weights(self) -> None:
         init.ones_(self.encoding)
 
-    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int, group: int = 0) -> Tensor:
+    def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int | Tensor, group: int = 0) -> Tensor:
         return output * self.encoding[table_row(loop_idx, self.params.table_loops), group].to(output.dtype)
 
     def is_replace(self, num_loops: int) -> bool:

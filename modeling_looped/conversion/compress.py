@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
 from modeling_looped.configuration_looped import LoopedConfig
@@ -123,7 +123,7 @@ def compress(
     if fits:
         exact = in_full_precision(teacher)
         errors = fit_adapters(model.float(), exact, plan, windows, progress=progress)
-        model.to(teacher.dtype)
+        nn.Module.to(model, teacher.dtype)
     return Compressed(model, errors)
 
 
