@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import VARIANTS, random_tokens, tiny_config, tiny_model
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from random_configs import configs, few
 from teachers import tiny_teacher
@@ -87,7 +87,7 @@ def test_flops_of_a_training_step_are_those_that_torch_counts(name):
         assert min(flops.parts.values()) >= 0
 
 
-@few
+@settings(few, max_examples=4)
 @given(config=configs(is_causal=True), num_loops=st.integers(1, 4), length=st.integers(2, 7))
 def test_flops_of_a_decoding_step_are_those_that_torch_counts(config, num_loops, length):
     model = eager_model(config).eval()

@@ -24,10 +24,16 @@ def measured_peak(step) -> int:
     return peak
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+LORA = {"loop_adapter": {"type": "lora", "rank": 4}}
+
+
 @pytest.mark.parametrize(
-    ("fields", "attention"),
-    [({}, "sdpa"), ({"backprop_loops": 1}, "sdpa"), ({"loop_adapter": {"type": "lora", "rank": 4}}, "eager")],
+    ("fields", "attention", "checkpointing"),
+    [
+        *(({}, "sdpa", checkpointing) for checkpointing in CHECKPOINTING),
+        ({"backprop_loops": 1}, "sdpa", "none"),
+        (LORA, "eager", "loop"),
+    ],
 )
 def test_a_training_step_takes_what_was_estimated(fields, attention, checkpointing):
     config = tiny_config(**SIZES, **fields)

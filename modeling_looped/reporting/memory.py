@@ -9,6 +9,7 @@ scratch memory inside of kernels.
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -135,11 +136,13 @@ def training_memory(
         raise ValueError(f"checkpointing={checkpointing!r} must be one of: {', '.join(CHECKPOINTING)}.")
     if optimizer not in OPTIMIZER_STATES:
         raise ValueError(f"optimizer={optimizer!r} must be one of: {', '.join(OPTIMIZER_STATES)}.")
+    if "labels" not in inspect.signature(type(model).forward).parameters:
+        raise ValueError(f"{type(model).__name__} has no loss of labels, and so no training step to estimate.")
     probe, inputs, loops = prepared(model, batch_size, sequence_length, num_loops, dtype)
     probe.train()
     if checkpointing != "none":
         looped_config(probe).checkpoint_granularity = checkpointing
-        probe.activation_checkpointing_enable()  # pyright: ignore[reportCallIssue] (decorated in Transformers)
+        probe.activation_checkpointing_enable()
     trained = sum(parameter.nbytes for parameter in probe.parameters() if parameter.requires_grad)
     with LiveBytes(probe) as live:
         output = probe(**inputs, labels=inputs["input_ids"], num_loops=loops)
@@ -156,7 +159,8 @@ def prepared(
     config = copy.deepcopy(looped_config(model))
     loops = config.num_loops if num_loops is None else checked_num_loops(num_loops)
     eager = config._attn_implementation == "eager"
-    probe = skeleton(type(model), config).to(dtype=dtype or model.dtype)
+    probe: Any = skeleton(type(model), config)
+    probe = probe.to(dtype=dtype or model.dtype)
     if not eager:
         replace_attention(probe, fused_attention)
     inputs = meta_inputs(batch, length)
