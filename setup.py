@@ -24,6 +24,8 @@ EXTRAS = {
     # Reading GGUF checkpoints, among them the one that `make demo` retrofits.
     # Transformers loads GGUF files only where accelerate is; scipy matches neurons and heads before layers are merged.
     "conversion": ["accelerate>=1.15", "gguf>=0.19", "scipy>=1.17"],
+    # Pictures of reports, and model cards.
+    "report": ["Jinja2>=3.1", "matplotlib>=3.11"],
     "train": ["accelerate>=1.15", "datasets>=5.2", "evaluate>=0.4.6", "peft>=0.21.2", "trl>=1.16"],
     "eval": ["lm_eval>=0.4.13"],
     "test": [
@@ -57,7 +59,7 @@ setup(
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    # `configuration/`, `conversion/` and `tests/` are folders of the repository, never installed packages.
+    # `configuration/`, `conversion/`, `model_cards/` and `tests/` are folders of the repository, never installed.
     packages=find_packages(include=["modeling_looped", "modeling_looped.*"]),
     # Data files that the code opens by path, such as the model-card template.
     package_data={"modeling_looped": ["py.typed", "**/*.md", "**/*.json", "**/*.yaml"]},

@@ -28,6 +28,7 @@ from transformers.utils import TransformersKwargs, auto_docstring, can_return_tu
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .accounting import LoopedAccountingMixin
 from .attention import LoopedAttention
 from .conditioning import LOOP_CONDITIONINGS
 from .configuration_looped import LoopedConfig, refuse_foreign_loop_names
@@ -84,7 +85,7 @@ class LayersOutput(NamedTuple):
 
 
 @auto_docstring
-class LoopedPreTrainedModel(PreTrainedModel):
+class LoopedPreTrainedModel(LoopedAccountingMixin, PreTrainedModel):
     config: LoopedConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True

@@ -90,7 +90,8 @@ def test_importing_registers_every_auto_class(fresh_import):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "package", ["peft", "trl", "datasets", "lm_eval", "gguf", "optimum", "modeling_looped.conversion"]
+    "package",
+    ["peft", "trl", "datasets", "lm_eval", "gguf", "optimum", "matplotlib", "jinja2", "modeling_looped.conversion"],
 )
 def test_importing_leaves_alone_what_only_some_users_need(fresh_import, package):
     modules = [name for name in fresh_import[0]["modules"] if name == package or name.startswith(f"{package}.")]
