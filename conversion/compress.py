@@ -1,7 +1,7 @@
 """Compress a stacked checkpoint: several of its layers become one shared layer that loops. A start for training.
 
-    python conversion/compress.py --teacher HuggingFaceTB/SmolLM2-135M-Instruct --loops 2 --output build/small \
-        --prelude 5 --core 10 --coda 5 --rank 64 --adapter weighted_svd --calibration text.txt
+    python conversion/compress.py --teacher HuggingFaceTB/SmolLM2-135M-Instruct --loops 3 --output build/small \
+        --prelude 4 --core 5 --coda 11 --merge first --rank 64 --adapter fitted --calibration text.txt
     python conversion/compress.py --teacher ... --loops 2 --output ... --keep 0-9,20-29 --loop 8-9,20-21 --gate 0.1
     python conversion/compress.py --teacher ... --loops 2 --output ... --find middle --calibration text.txt
 

@@ -43,8 +43,9 @@ def calibrated(files: Path) -> list[str]:
 SIZES = ("--prelude", "1", "--core", "2", "--coda", "1")
 
 
-def test_at_full_rank_the_written_folder_is_the_teacher(main, files, tmp_path, capsys):
-    options = [*SIZES, "--rank", "32", "--adapter", "weighted_svd", "--merge", "least_squares", *calibrated(files)]
+@pytest.mark.parametrize(("adapter", "merge", "loops"), [("weighted_svd", "least_squares", 2), ("fitted", "first", 1)])
+def test_at_full_rank_the_written_folder_is_the_teacher(main, files, tmp_path, capsys, adapter, merge, loops):
+    options = [*SIZES, "--rank", "32", "--adapter", adapter, "--merge", merge, *calibrated(files)]
     assert main(arguments(files, tmp_path / "out", *options)) == 0
     teacher = AutoModelForCausalLM.from_pretrained(files / "teacher")
     looped = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -55,7 +56,7 @@ def test_at_full_rank_the_written_folder_is_the_teacher(main, files, tmp_path, c
     assert manifest["plan"] == {"prelude": [0], "core": [[1, 3], [2, 4]], "coda": [5], "order": "cycle"}
     assert manifest["calibration"]["file"] == "calibration.txt"
     assert manifest["checks"]["loss_by_num_loops"]["2"] == pytest.approx(manifest["checks"]["teacher_loss"], abs=1e-4)
-    assert len(manifest["initial_errors"]) == 2 * 2 * 7
+    assert len(manifest["initial_errors"]) == 2 * loops * 7
     assert "core 0: 1 | 3" in capsys.readouterr().out
 
 
@@ -97,6 +98,7 @@ def test_layers_are_found_from_activations(main, files, tmp_path, options):
         (("--keep", "0-9", "--loop", "1"), "layers [6, 7, 8, 9] are not in the teacher"),
         (("--find", "middle"), "--find middle needs --calibration"),
         ((*SIZES, "--merge", "least_squares"), "pass a calibration"),
+        ((*SIZES, "--rank", "2", "--adapter", "fitted"), "adapter='fitted' needs calibration_text"),
         (("--find", "drop", "--dropped", "2", "--calibration", "missing.txt"), "--find drop needs --dropped N"),
         ((*SIZES, "--loop", "1,4"), "--loop 1,4 goes with --keep only"),
         ((*SIZES, "--dropped", "2"), "--dropped 2 goes with --find drop only"),

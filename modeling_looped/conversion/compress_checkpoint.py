@@ -20,7 +20,7 @@ from .checkpoint import Steps, check_device, write_result
 from .compress import compress
 from .layer_plan import LayerPlan
 from .manifest import versions
-from .merging import InitialError
+from .merging import CALIBRATED_MERGES, InitialError
 from .output_folder import check_output
 from .special_tokens import align_special_tokens
 from .teacher import TeacherFiles, find_teacher, sha256
@@ -78,6 +78,8 @@ def compress_checkpoint(
     step = Steps(report)
     check_output(output, overwrite=overwrite)
     check_device(device)
+    if adapter == "fitted" and rank and calibration_text is None:
+        raise ValueError("adapter='fitted' needs calibration_text, on which it fits.")
     if calibration_tokens < 1:
         raise ValueError(f"calibration_tokens={calibration_tokens} must be at least 1.")
     content = text.read_text(encoding="utf-8")
@@ -105,11 +107,13 @@ def compress_checkpoint(
     if seen_text is not None:
         windows = text_windows(tokenizer, seen_text, length=length)[: max(1, calibration_tokens // length)]
         step(f"calibrating on {sum(map(torch.numel, windows))} tokens of {Path(str(calibration_text)).name}")
-        calibration = calibrate(in_full_precision(source), windows)
+        # fitting makes statistics of its own, of the student
+        measured = () if adapter == "fitted" and merge not in CALIBRATED_MERGES else None
+        calibration = calibrate(in_full_precision(source), windows, layers=measured)
     plan = planner(layers, calibration)
     for line in plan.rows():
         report(f"   {line}")
-    step("merging layers")
+    step("merging layers" + (" and fitting their adapters" if windows and adapter == "fitted" else ""))
     model, errors = compress(
         source,
         plan,
