@@ -94,7 +94,11 @@ def low_rank(difference: Tensor, rank: int, moment: Tensor | None = None) -> tup
         values, vectors = torch.linalg.eigh(moment.double())
         values = values.clamp_min(1e-6 * values.max().clamp_min(1e-12)).sqrt()
         left, singular, right = torch.linalg.svd(exact @ vectors * values, full_matrices=False)
-        right = right / values @ vectors.T
+        # Where inputs hardly reach, A is large. The product's own decomposition loses fewest digits in float32.
+        outer, upper = torch.linalg.qr(left[:, :rank] * singular[:rank])
+        inner, lower = torch.linalg.qr((right[:rank] / values @ vectors.T).T)
+        left, singular, right = torch.linalg.svd(upper @ lower.T, full_matrices=False)
+        left, right = outer @ left, right @ inner.T
     else:
         left, singular, right = torch.linalg.svd(exact, full_matrices=False)
     kept = min(rank, len(singular))
