@@ -241,7 +241,7 @@ def fitted(teacher, rank, plan=PLAN, merge="first", **options):
 def test_at_full_rank_the_fitted_model_is_the_teacher(name, merge):
     teacher, tokens = tiny_teacher(name), random_tokens(2, 11)
     model, errors = fitted(teacher, FULL, merge=merge)
-    assert_close(model(tokens).logits, teacher(tokens).logits)
+    assert_close(model(tokens).logits, teacher(tokens).logits, atol=5e-4)  # a regression sees both models' rounding
     assert max(error.adapted for error in errors) < 1e-4 < min(error.shared for error in errors)
 
 
