@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import TrainingArguments
 
@@ -57,7 +56,7 @@ class DistillationConfig(TrainingArguments):
     teacher_model_revision: str | None = field(
         default=None, metadata={"help": "Branch, tag or commit of a teacher on the Hub."}
     )
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+    teacher_model_init_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Arguments for the teacher's `from_pretrained`, as JSON."}
     )
     teacher_gguf_file: str | None = field(default=None, metadata={"help": "GGUF file in the teacher's folder."})
@@ -96,6 +95,9 @@ class DistillationConfig(TrainingArguments):
         default=None, metadata={"help": "Learning rate of token embeddings and head."}
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Whether to set the student's dropouts to zero."})
+    num_train_epochs: float = field(
+        default=1.0, metadata={"help": "As in TrainingArguments, but one pass by default."}
+    )
     include_num_input_tokens_seen: str | bool = field(
         default="non_padding", metadata={"help": "As in TrainingArguments, but on by default."}
     )
