@@ -19,9 +19,11 @@ from modeling_looped.conversion.teacher import TeacherFiles, find_teacher
 
 from .config import DistillationConfig
 from .data import PackedBlocks, PackedStream, Source, collate_packed, packed_blocks
+from .layer_map import map_of_folder
 from .parameters import count
 from .progress import ProgressLines
 from .recipe import RunConfig, changed_values, check_names
+from .targets import TargetBlocks, compute_targets
 from .trainer import DistillationTrainer
 
 #: Record of a run in its folder.
@@ -96,10 +98,21 @@ def distill(
     }
     check_same_run(output, record, resuming=checkpoint is not None)
 
+    if run.teacher_targets is not None:
+        with args.main_process_first(desc="computing the teacher's distributions"):
+            folder = Path(run.teacher_targets)
+            train = with_targets(run, args, train, folder / "train", args.temperature, teacher_files, report)
+            # what is reported as KL is that of temperature 1
+            evaluations = {
+                name: with_targets(run, args, blocks, folder / f"eval_{name}", 1.0, teacher_files, report)
+                for name, blocks in evaluations.items()
+            }
+        if not args.compares_hidden_states:
+            args.teacher_model_name_or_path = None  # nothing is asked of the teacher any more
     report(f"loading the student {run.student}")
     student = load_student(source, run)
-    if args.stage == "hidden" or args.hidden_weight:
-        args.layer_map = args.layer_map or layer_map_of(source.folder)
+    if args.compares_hidden_states and teacher_files is not None and args.layer_map is None:
+        args.layer_map = map_of_folder(source.folder, teacher_files.config.num_hidden_layers)
     trainer = DistillationTrainer(
         student,
         None,
@@ -156,7 +169,6 @@ def training_data(run: RunConfig, args: DistillationConfig, tokenizer: Any) -> P
         run.dataset_streaming,
         args.data_seed if args.data_seed is not None else args.seed,
     )
-    args.include_num_input_tokens_seen = "all"  # packed blocks have no padding
     if not run.dataset_streaming:
         return packed_blocks(source, tokenizer, run.max_length, run.max_train_tokens)
     if args.max_steps <= 0:
@@ -167,6 +179,36 @@ def training_data(run: RunConfig, args: DistillationConfig, tokenizer: Any) -> P
         if args.max_steps < 1:
             raise ValueError(f"max_train_tokens={run.max_train_tokens} is less than one step of {per_step} tokens.")
     return PackedStream(source, tokenizer, run.max_length)
+
+
+def with_targets(
+    run: RunConfig,
+    args: DistillationConfig,
+    blocks: PackedBlocks | PackedStream,
+    folder: Path,
+    temperature: float,
+    files: TeacherFiles | None,
+    report: Callable[[str], object],
+) -> TargetBlocks:
+    """The blocks with the teacher's distributions, which are computed as far as they are not there yet."""
+    if files is None or not isinstance(blocks, PackedBlocks):
+        raise ValueError(f"teacher_targets={run.teacher_targets!r} need teacher_model_name_or_path, and no stream.")
+    given: Any = args.teacher_model_init_kwargs or {}
+    dtype = given.get("dtype", "auto")
+    same: dict[str, Any] = {
+        "teacher": {"sha256": files.provenance()["sha256"], "dtype": dtype},
+        "top_k": run.top_k,
+        "temperature": temperature,
+    }
+    compute_targets(
+        lambda: files.model(dtype=dtype, device=args.device),
+        blocks,
+        folder,
+        batch_size=args.per_device_eval_batch_size,
+        report=report,
+        **same,
+    )
+    return TargetBlocks(blocks, folder, **same)
 
 
 def load_student(source: TeacherFiles, run: RunConfig) -> PreTrainedModel:
@@ -185,11 +227,6 @@ def load_student(source: TeacherFiles, run: RunConfig) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.load_state_dict(loaded.state_dict())
     return model
-
-
-def layer_map_of(folder: Path) -> list[int] | None:
-    """The layer map that a converted student's manifest implies; `None` if it has none."""
-    return None
 
 
 def teacher_of(args: DistillationConfig) -> TeacherFiles | None:

@@ -12,11 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
+from transformers.trainer import unwrap_peft_model
 
+from modeling_looped.configuration_looped import LoopedConfig
 from modeling_looped.conversion.teacher import find_teacher
 
 from .checkpoints import WholeCheckpointsMixin
 from .config import DistillationConfig
+from .hidden_states import HiddenMatcher, HiddenStates
+from .layer_map import check_map, default_map
 from .losses import DistillationTerms, TopK, distillation_loss
 from .optimizer import MuonAdamW
 from .parameters import parameter_groups, select_trainable
@@ -73,6 +77,8 @@ class DistillationTrainer(WholeCheckpointsMixin):
         if args.disable_dropout:
             disable_dropout(model)
         self.trainable_names = select_trainable(model, args.trainable)
+        if args.stage == "hidden" and args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = True  # the final norm and the head take no part
         super().__init__(model=model, args=args, **kwargs)
         if args.optim_recipe == "muon" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
             raise ValueError(
@@ -82,11 +88,49 @@ class DistillationTrainer(WholeCheckpointsMixin):
         # what the base class finds out from the student's own loss is settled here: ours counts shifted labels
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
-        self.teacher: nn.Module | None = None
+        self.teacher: Any = None
         if teacher is not None:
             self.teacher = nn.Module.to(teacher.requires_grad_(False).eval(), args.device)
+        self.matcher: HiddenMatcher | None = None
+        if args.compares_hidden_states:
+            self.matcher, self.teacher_states = self._matcher()
         self._sums = torch.zeros(len(LOGGED) + 1, dtype=torch.float64, device=args.device)
         self._evaluated: list[Tensor] = []
+
+    def _matcher(self) -> tuple[HiddenMatcher, HiddenStates]:
+        """What compares the student's states with the teacher's; raises ValueError where that makes no sense."""
+        args, student = self.args, unwrap_peft_model(self.model)
+        if self.teacher is None:
+            raise ValueError(
+                f"stage={args.stage!r} with hidden_weight={args.hidden_weight} compares hidden states, and there is "
+                "no teacher whose states they could be: pass teacher_model."
+            )
+        states = HiddenStates(self.teacher)
+        config, theirs, num_layers = student.config, self.teacher.config, len(states.layers)
+        if config.hidden_size != theirs.hidden_size:
+            raise ValueError(
+                f"hidden states cannot be matched: the student's hidden_size={config.hidden_size} is not the "
+                f"teacher's {theirs.hidden_size}."
+            )
+        if not isinstance(config, LoopedConfig):
+            raise ValueError(
+                f"hidden states can be matched for looped students only, not for a {type(student).__name__}."
+            )
+        layout = config.slot_layout()
+        boundaries = args.layer_map or default_map(layout, num_layers)
+        check_map(boundaries, layout, num_layers)
+        forced = args.stage == "hidden"
+        matcher = HiddenMatcher(
+            student, boundaries, granularity=args.hidden_granularity, loss=args.hidden_loss, forced=forced
+        )
+        return matcher, states
+
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        # without a mask there is no padding; the base class would say that it cannot know, in every step
+        masked = "attention_mask" in inputs
+        super()._track_num_input_tokens(
+            inputs if masked else {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
@@ -124,40 +168,61 @@ class DistillationTrainer(WholeCheckpointsMixin):
         targets = next_tokens(inputs)
         known = known_distributions(inputs)
         items = targets.ne(-100).sum() if num_items_in_batch is None else num_items_in_batch
-        outputs = model(**inputs, use_cache=False)
-        teacher = known if known is not None else self._teacher_logits(inputs)
         if not model.training:
-            terms = self._terms(outputs.logits, teacher, targets, evaluating=True)
-            self._evaluated.append(sums_by_row(terms, targets, teacher is not None))
-            loss = terms.cross_entropy.mean() if len(terms.cross_entropy) else terms.loss
-            return (loss, {"loss": loss, **outputs}) if return_outputs else loss
+            return self._evaluate_batch(model, inputs, targets, known, return_outputs)
 
-        if teacher is None and self.args.cross_entropy_weight < 1.0:
-            raise ValueError(
-                f"cross_entropy_weight={self.args.cross_entropy_weight} leaves a part of the loss to a teacher, and "
-                "there is none: pass teacher_model, or data with its distributions, or cross_entropy_weight=1."
-            )
-        terms = self._terms(outputs.logits, teacher, targets)
-        self._sums += torch.stack(
-            [
-                terms.divergence.sum(),
-                terms.cross_entropy.sum(),
-                terms.loss.new_zeros(()),
-                targets.ne(-100).sum().to(terms.divergence),
-            ]
-        ).double()
-        loss = terms.loss / items
+        valid = targets.ne(-100)
+        # stage 1 has no use for logits, of which the last row must do
+        less = {"logits_to_keep": 1} if self.args.stage == "hidden" else {}
+        teacher = known if known is not None and self.matcher is None else self._teacher_logits(inputs, **less)
+        if self.matcher is None:
+            outputs = model(**inputs, use_cache=False)
+        else:
+            self.matcher.begin(self.teacher_states.states)
+            num_loops = unwrap_peft_model(self.model).config.num_loops  # what the layer map is made for
+            outputs = model(**inputs, use_cache=False, num_loops=num_loops, **less)
+        if self.args.stage == "hidden":
+            zero = torch.zeros_like(targets[valid], dtype=torch.float32)
+            terms = DistillationTerms(zero.sum(), zero, zero)
+        else:
+            if teacher is None and self.args.cross_entropy_weight < 1.0:
+                raise ValueError(
+                    f"cross_entropy_weight={self.args.cross_entropy_weight} leaves a part of the loss to a teacher, "
+                    "and there is none: pass teacher_model, or data with its distributions, or cross_entropy_weight=1."
+                )
+            terms = self._terms(outputs.logits, known if known is not None else teacher, targets)
+        loss, distance = terms.loss, torch.zeros_like(terms.divergence)
+        if self.matcher is not None:
+            distance = self.matcher.distance(valid)
+            loss = loss + (1.0 if self.args.stage == "hidden" else self.args.hidden_weight) * distance.sum()
+        parts = [terms.divergence.sum(), terms.cross_entropy.sum(), distance.detach().sum(), valid.sum()]
+        self._sums += torch.stack([part.double() for part in parts])
+        loss = loss / items
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # which gradients are averaged over
         return (loss, outputs) if return_outputs else loss
 
-    def _teacher_logits(self, inputs: dict[str, Any]) -> Tensor | None:
+    def _evaluate_batch(
+        self, model: nn.Module, inputs: dict[str, Any], targets: Tensor, known: TopK | None, return_outputs: bool
+    ) -> Any:
+        """The student's cross-entropy, and what `evaluation_loop` needs to sum it over all batches."""
+        if self.matcher is not None:
+            self.matcher.end()
+        outputs = model(**inputs, use_cache=False)
+        teacher = known if known is not None else self._teacher_logits(inputs)
+        terms = self._terms(outputs.logits, teacher, targets, evaluating=True)
+        self._evaluated.append(sums_by_row(terms, targets, teacher is not None))
+        loss = terms.cross_entropy.mean() if len(terms.cross_entropy) else terms.loss
+        return (loss, {"loss": loss, **outputs}) if return_outputs else loss
+
+    def _teacher_logits(self, inputs: dict[str, Any], **kwargs: Any) -> Tensor | None:
         """The teacher's logits [B, S, V] for the student's inputs; `None` without a teacher."""
         if self.teacher is None:
             return None
         names = ("input_ids", "attention_mask", "position_ids")
         with torch.no_grad():
-            return self.teacher(**{name: inputs[name] for name in names if name in inputs}, use_cache=False).logits
+            given = {name: inputs[name] for name in names if name in inputs}
+            return self.teacher(**given, use_cache=False, **kwargs).logits
 
     def _terms(
         self, logits: Tensor, teacher: Tensor | TopK | None, targets: Tensor, *, evaluating: bool = False
