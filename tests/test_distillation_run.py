@@ -6,51 +6,18 @@ import random
 import signal
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
-from teachers import save_teacher, tiny_tokenizer
+from teachers import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from modeling_looped.training.data import PackedStream, Source, packed, packed_blocks
 from modeling_looped.training.recipe import parse_recipe
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "conversion"))
-WORDS = ["the", "cat", "sat", "on", "the", "mat", "and", "then", "the", "other", "cat", "sat", "there", "too"]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with a teacher, text in every form, and a recipe."""
-    folder = tmp_path_factory.mktemp("distillation")
-    save_teacher(folder / "teacher")
-    draw = random.Random(0)
-    texts = [" ".join(draw.choices(WORDS, k=draw.randint(5, 40))) for _ in range(120)]
-    (folder / "train.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    (folder / "valid.txt").write_text(" ".join(draw.choices(WORDS, k=300)))
-    options = {"loops": 2, "keep": "0-1,4-5", "loop": "1,4", "gate": 0.1, "text": str(folder / "valid.txt")}
-    recipe = {
-        "teacher_model_name_or_path": str(folder / "teacher"),
-        "student": {"program": "compress", "options": options},
-        "dataset_name": str(folder / "train.jsonl"),
-        "eval_datasets": {"valid": str(folder / "valid.txt")},
-        "max_length": 16,
-        "max_train_tokens": 1024,
-        "per_device_train_batch_size": 4,
-        "optim_recipe": "muon",
-        "learning_rate": "5e-3",
-        "logging_steps": 2,
-        "save_steps": 4,
-        "report_to": "none",
-        "use_cpu": True,
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    return folder
+pytest_plugins = ("distillation_place",)
 
 
 def arguments(place, output, *more):

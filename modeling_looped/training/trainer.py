@@ -270,7 +270,9 @@ class DistillationTrainer(WholeCheckpointsMixin):
             sums: Any = self.accelerator.reduce(self._sums, reduction="sum")
             values = dict(zip(LOGGED, (sums[:-1] / sums[-1].clamp(min=1)).tolist(), strict=True))
             if not self.args.compares_hidden_states:
-                values.pop("hidden_distance")
+                del values["hidden_distance"]
+            if self.args.stage == "hidden":
+                del values["divergence"], values["cross_entropy"]
             logs = {**logs, **values}
             self._sums.zero_()
         super().log(logs, start_time)
