@@ -6,6 +6,7 @@ import random
 import signal
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from modeling_looped.training.data import PackedStream, Source, packed, packed_blocks
 from modeling_looped.training.recipe import parse_recipe
+
+ROOT = Path(__file__).parent.parent
 
 pytest_plugins = ("distillation_place",)
 
@@ -141,6 +144,19 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_defaults(plac
     (place / "typo.yaml").write_text("max_lenght: 3\n")
     with pytest.raises(ValueError, match=r"typo\.yaml: no option is called 'max_lenght' \(did you mean 'max_length'"):
         parse_recipe(["--recipe", str(place / "typo.yaml")])
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "configuration" / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_recipe_reads(recipe, tmp_path):
+    import compress
+    import distill as program
+    import retrofit
+
+    run, _ = parse_recipe(["--recipe", str(recipe), "--output_dir", str(tmp_path), "--use_cpu", "true"])
+    options = program.command_line({"teacher": "x", "output": "y", **run.student["options"]})
+    {"compress": compress.parse, "retrofit": retrofit.parse}[run.student["program"]](options)
 
 
 def test_blocks_hold_the_documents_one_after_the_other():
