@@ -26,7 +26,14 @@ EXTRAS = {
     "conversion": ["accelerate>=1.15", "gguf>=0.19", "scipy>=1.17"],
     # Pictures of reports, and model cards.
     "report": ["Jinja2>=3.1", "matplotlib>=3.11"],
-    "train": ["accelerate>=1.15", "datasets>=5.2", "evaluate>=0.4.6", "peft>=0.21.2", "trl>=1.16"],
+    "train": [
+        "accelerate>=1.15",
+        "datasets>=5.2",
+        "evaluate>=0.4.6",
+        "peft>=0.21.2",
+        "tensorboard>=2.21",
+        "trl>=1.16",
+    ],
     "eval": ["lm_eval>=0.4.13"],
     "test": [
         "hypothesis>=6.170",

@@ -1,0 +1,74 @@
+"""Distil: a converted model learns from the checkpoint it was made of.
+
+    python conversion/distill.py --recipe configuration/recipes/smollm2_135m_compress_20.yaml --output_dir build/healed
+    python conversion/distill.py --recipe ... --learning_rate 1e-3 --trainable adapters --max_train_tokens 500000
+    accelerate launch --config_file configuration/accelerate/ddp.yaml conversion/distill.py --recipe ...
+
+Any value of the recipe can be overridden. The same command goes on where a run stopped.
+"""
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import compress
+import retrofit
+
+from modeling_looped.conversion.output_folder import MANIFEST
+from modeling_looped.training.config import DistillationConfig
+from modeling_looped.training.recipe import RunConfig, parse_recipe
+from modeling_looped.training.run import distill
+
+#: Programs of this folder that make a student.
+PROGRAMS = {"compress": compress.main, "retrofit": retrofit.main}
+
+
+def make_student(run: RunConfig, args: DistillationConfig) -> str:
+    """The student's folder; where the recipe says how it is made from the teacher, it is made, once.
+
+    Raises:
+        ValueError: if that fails, or the recipe names another program.
+    """
+    if not isinstance(run.student, dict):
+        return str(run.student)
+    program, options = run.student["program"], run.student["options"]
+    if program not in PROGRAMS:
+        raise ValueError(f"student: program={program!r} must be one of: {', '.join(PROGRAMS)}.")
+    start = Path(str(args.output_dir)) / "start"
+    with args.main_process_first(desc="making the student"):
+        if not (start / MANIFEST).is_file():
+            given = {"teacher": args.teacher_model_name_or_path, "output": start, **options}
+            if args.teacher_gguf_file is not None:
+                given["gguf-file"] = args.teacher_gguf_file
+            if PROGRAMS[program](command_line(given)):
+                raise ValueError(f"student: {program}.py could not make it.")
+    return str(start)
+
+
+def command_line(options: dict[str, Any]) -> list[str]:
+    """`{"loops": 2, "force": True}` as `--loops 2 --force`."""
+    words = []
+    for name, value in options.items():
+        if value is not None and value is not False:
+            words += [f"--{str(name).replace('_', '-')}"] + ([] if value is True else [str(value)])
+    return words
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the program; returns its exit status."""
+    given = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "conversion/distill.py", *given])
+    try:
+        run, args = parse_recipe(given)
+        run.student = make_student(run, args)
+        leads = args.process_index == 0
+        distill(run, args, command=command, report=print if leads else lambda line: None)
+    except (ValueError, OSError) as error:
+        print(f"distill.py: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,21 @@
+"""Training helpers: distillation of a teacher into a student, looped or stacked.
+
+Nothing here travels to the Hub, and the model files import nothing of it.
+"""
+
+from .config import DistillationConfig
+from .losses import DIVERGENCES, TopK, distillation_loss
+from .optimizer import MuonAdamW
+from .parameters import parameter_groups, select_trainable
+from .trainer import DistillationTrainer
+
+__all__ = [
+    "DIVERGENCES",
+    "DistillationConfig",
+    "DistillationTrainer",
+    "MuonAdamW",
+    "TopK",
+    "distillation_loss",
+    "parameter_groups",
+    "select_trainable",
+]

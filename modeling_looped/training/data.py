@@ -1,0 +1,234 @@
+"""Text for training: documents from the Hub or from files, packed into blocks of a fixed length.
+
+n blocks, S tokens in a block.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import DownloadConfig, load_dataset
+from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
+from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+#: File endings that are read, and the loader of `datasets` that reads them.
+LOADERS = {
+    ".txt": "text",
+    ".md": "text",
+    ".json": "json",
+    ".jsonl": "json",
+    ".parquet": "parquet",
+}
+
+#: Documents that are tokenised together.
+BATCH = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where documents come from.
+
+    Attributes:
+        path: file, folder of files, or Hub id.
+        config: configuration of a Hub data set.
+        split: its split; files have only `train`.
+        text_field: column that holds the text; a text file is one document.
+        streaming: whether documents are read as they are needed, without a copy in memory or in the cache.
+        seed: documents are shuffled with it (with streaming, within a buffer); `None`: they stay in order.
+    """
+
+    path: str
+    config: str | None = None
+    split: str = "train"
+    text_field: str = "text"
+    streaming: bool = False
+    seed: int | None = None
+
+    @classmethod
+    def of(cls, value: str | dict[str, Any], **defaults: Any) -> Source:
+        """From a path, or a mapping with some of the attributes.
+
+        Raises:
+            ValueError: for keys that do not exist.
+        """
+        given = {"path": value} if isinstance(value, str) else dict(value)
+        names = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(given) - set(names))
+        if unknown or "path" not in given:
+            raise ValueError(f"the data set {given} must have a `path`, and besides only: {', '.join(names[1:])}.")
+        return cls(**{**defaults, **given})
+
+    def documents(self) -> Iterator[str]:
+        """The texts that are not empty.
+
+        Raises:
+            ValueError: if nothing can be read there, or the column does not exist.
+        """
+        rows = self._rows()
+        if self.seed is not None:
+            rows = rows.shuffle(seed=self.seed, **({"buffer_size": 1000} if self.streaming else {}))
+        for row in rows:
+            text = row.get(self.text_field)
+            if text is None:
+                raise ValueError(
+                    f"{self.path}: a row has no text_field={self.text_field!r}; its columns: {', '.join(row)}."
+                )
+            if text.strip():
+                yield text
+
+    def _rows(self) -> Any:
+        place = Path(self.path).expanduser()
+        if not place.exists():
+            if place.suffix in LOADERS:
+                raise ValueError(f"the data file {self.path!r} does not exist.")
+            return load_dataset(
+                self.path,
+                self.config,
+                split=self.split,
+                streaming=self.streaming,
+                download_config=DownloadConfig(max_retries=3),
+            )
+        inside = sorted(place.rglob("*")) if place.is_dir() else [place]
+        files = [file for file in inside if file.suffix in LOADERS and file.is_file()]
+        kinds = {LOADERS[file.suffix] for file in files}
+        if len(kinds) != 1:
+            found = f"files of several kinds: {', '.join(sorted(kinds))}" if kinds else "no such file"
+            raise ValueError(
+                f"{self.path!r} must be a file, or a folder of files, of one kind of {', '.join(LOADERS)}; it has "
+                f"{found}."
+            )
+        kind = kinds.pop()
+        options: dict[str, Any] = {"sample_by": "document"} if kind == "text" else {}
+        names = [str(file) for file in files]
+        options |= {"data_files": names, "split": "train", "streaming": self.streaming}
+        return load_dataset(kind, **options)
+
+
+class PackedBlocks(Dataset):
+    """Blocks of equal length in memory.
+
+    Args:
+        blocks: token ids, int32 [n, S].
+    """
+
+    def __init__(self, blocks: np.ndarray):
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": torch.from_numpy(self.blocks[index].astype(np.int64))}
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens in all blocks."""
+        return int(self.blocks.size)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the token ids and their arrangement."""
+        digest = hashlib.sha256(json.dumps(self.blocks.shape).encode())
+        digest.update(np.ascontiguousarray(self.blocks).astype("<i4").tobytes())
+        return digest.hexdigest()
+
+
+class PackedStream(IterableDataset):
+    """Blocks of equal length, tokenised as they are asked for; every pass over them starts anew.
+
+    Args:
+        source: the documents.
+        tokenizer: makes tokens of them.
+        length: S.
+        max_tokens: end after so many; `None`: with the documents.
+    """
+
+    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: int | None = None):
+        self.source = source
+        self.tokenizer = tokenizer
+        self.length = length
+        self.max_tokens = max_tokens
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        texts = self.source.documents()
+        for block in packed(texts, self.tokenizer, self.length, self.max_tokens):
+            yield {"input_ids": torch.from_numpy(block.astype(np.int64))}
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of where the documents come from and how they are cut, not of the text, which is not known yet."""
+        described = {**dataclasses.asdict(self.source), "length": self.length, "max_tokens": self.max_tokens}
+        probe = self.tokenizer("A probe of the tokenizer: 1234, naïve.")["input_ids"]
+        return hashlib.sha256(json.dumps([described, probe]).encode()).hexdigest()
+
+
+def packed(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: int | None = None
+) -> Iterator[np.ndarray]:
+    """Blocks of `length` tokens, int32: documents one after the other, each closed by the end-of-text token.
+
+    A document may begin in one block and end in the next; attention does not stop at its ends. What does not fill a
+    last block is left out.
+
+    Raises:
+        ValueError: if the tokenizer has no end-of-text token.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no eos_token, which separates documents in a block.")
+    blocks = 0
+    limit = None if max_tokens is None else max_tokens // length
+    left: list[int] = []
+    for batch in batches(texts, BATCH):
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            left += [*ids, tokenizer.eos_token_id]
+        whole = len(left) // length
+        for block in np.asarray(left[: whole * length], dtype=np.int32).reshape(whole, length):
+            if blocks == limit:
+                return
+            blocks += 1
+            yield block
+        left = left[whole * length :]
+
+
+def batches(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    """Lists of `size` items; the last may be shorter."""
+    batch: list[str] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def packed_blocks(
+    source: Source, tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: int | None = None
+) -> PackedBlocks:
+    """All blocks of `source`, or the first `max_tokens` tokens of them.
+
+    Raises:
+        ValueError: if its text does not fill one block.
+    """
+    blocks = list(packed(source.documents(), tokenizer, length, max_tokens))
+    if not blocks:
+        asked = "" if max_tokens is None else f" (of at most {max_tokens} tokens that were asked for)"
+        raise ValueError(f"{source.path!r} does not fill one block of {length} tokens{asked}.")
+    return PackedBlocks(np.stack(blocks))
+
+
+def collate_packed(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch of packed blocks: all columns stacked, and the tokens themselves as labels."""
+    batch = {name: torch.stack([torch.as_tensor(row[name]) for row in rows]) for name in rows[0]}
+    return {**batch, "labels": batch["input_ids"].clone()}
+
+
+__all__ = ["PackedBlocks", "PackedStream", "Source", "collate_packed", "packed", "packed_blocks"]

@@ -1,0 +1,175 @@
+"""Recipes: everything that a distillation run depends on, as YAML, with any value overridden on a command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from .config import DistillationConfig
+
+
+@dataclass
+class RunConfig:
+    """Student and data of a run; the teacher and how to train are in `DistillationConfig`.
+
+    Attributes:
+        student: folder or Hub id of the model that learns; or, as a mapping, how it is made from the teacher:
+            `{"program": "compress", "options": {"loops": 2, ...}}` with the options of `conversion/compress.py` or
+            `conversion/retrofit.py`.
+        student_gguf_file: GGUF file in the student's folder.
+        student_config: fields of the student's config to change, such as `{"num_loops": 4}`.
+        student_dtype: of the student's weights while they train.
+        dataset_name: file, folder, or Hub id of the text to train on.
+        dataset_config, dataset_split: of a Hub data set.
+        dataset_text_field: column that holds the text.
+        dataset_streaming: whether text is read as it is needed.
+        eval_datasets: name -> file, folder or Hub id, or a mapping with `path`, `config`, `split`, `text_field`.
+        max_length: tokens in a block.
+        max_train_tokens: tokens to train on; `None`: all of them, once, unless `num_train_epochs` or `max_steps` says
+            otherwise.
+        max_eval_tokens: tokens of each evaluation set.
+        teacher_targets: folder for the teacher's distributions, computed once before training; `None`: the teacher
+            runs beside the student.
+        top_k: entries that are kept of each distribution.
+    """
+
+    student: dict | str | None = field(
+        default=None, metadata={"help": "Folder or Hub id, or as JSON how it is made from the teacher."}
+    )
+    student_gguf_file: str | None = field(default=None, metadata={"help": "GGUF file in the student's folder."})
+    student_config: dict | str | None = field(
+        default=None, metadata={"help": "Fields of the student's config to change, as JSON."}
+    )
+    student_dtype: str = field(default="float32", metadata={"help": "Dtype of the student's weights."})
+    dataset_name: str | None = field(default=None, metadata={"help": "File, folder or Hub id of the training text."})
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
+    dataset_text_field: str = field(default="text", metadata={"help": "Column that holds the text."})
+    dataset_streaming: bool = field(default=False, metadata={"help": "Whether text is read as it is needed."})
+    eval_datasets: dict | str | None = field(
+        default=None, metadata={"help": "Name and place of each evaluation set, as JSON."}
+    )
+    max_length: int = field(default=512, metadata={"help": "Tokens in a block."})
+    max_train_tokens: int | None = field(default=None, metadata={"help": "Tokens to train on."})
+    max_eval_tokens: int = field(default=65536, metadata={"help": "Tokens of each evaluation set."})
+    teacher_targets: str | None = field(
+        default=None, metadata={"help": "Folder for the teacher's distributions, computed once."}
+    )
+    top_k: int = field(default=64, metadata={"help": "Entries that are kept of each distribution."})
+
+    def __post_init__(self):
+        for name in ("student", "student_config", "eval_datasets"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value.lstrip().startswith("{"):
+                setattr(self, name, from_json(name, value))
+        if self.student is None:
+            raise ValueError("student is missing: a folder, a Hub id, or how it is made from the teacher.")
+        if self.dataset_name is None:
+            raise ValueError("dataset_name is missing: a file, a folder or a Hub id of the text to train on.")
+        if isinstance(self.student, dict) and set(self.student) != {"program", "options"}:
+            raise ValueError(f"student={self.student} must have the keys `program` and `options`.")
+        for name in ("student_config", "eval_datasets"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be a mapping (on a command line: JSON).")
+        for name in ("max_length", "max_train_tokens", "max_eval_tokens", "top_k"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+        if self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length} must be at least 2: one token has no next one.")
+        if self.dataset_streaming and self.teacher_targets is not None:
+            raise ValueError(
+                "teacher_targets belong to blocks that are known before training, and dataset_streaming=True makes "
+                "them as it goes: leave one of the two out."
+            )
+
+
+def from_json(name: str, text: str) -> Any:
+    """A mapping from JSON text; raises ValueError that names the field."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{name}={text!r} is not JSON: {error}.") from error
+
+
+def parse_recipe(arguments: Sequence[str]) -> tuple[RunConfig, DistillationConfig]:
+    """A recipe from a command line: `--recipe FILE` and any field of `RunConfig` and `DistillationConfig`.
+
+    A later value wins: those of the command line over those of the file.
+
+    Raises:
+        ValueError: for a name that no field has, with the nearest that one has, and for values that make no sense.
+    """
+    head = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    head.add_argument("--recipe", type=Path, help="YAML file with the values of any options below")
+    options, rest = head.parse_known_args(arguments)
+    configs: Any = (RunConfig, DistillationConfig)
+    parser: Any = HfArgumentParser(configs, parents=[head], allow_abbrev=False)
+    actions = {action.dest: action for action in parser._actions}
+    given = read_recipe(options.recipe) if options.recipe else {}
+    check_names(given, actions, str(options.recipe))
+    for name, value in given.items():
+        kind = actions[name].type
+        if kind in (int, float) and isinstance(value, str):  # YAML reads 1e-3 as text
+            try:
+                given[name] = kind(value)
+            except ValueError as error:
+                raise ValueError(f"{options.recipe}: {name}={value!r} must be a number.") from error
+    for action in actions.values():
+        if action.dest != "help":
+            action.default, action.required = argparse.SUPPRESS, False
+    parsed, unknown = parser.parse_known_args(rest)
+    check_names([name.partition("=")[0].lstrip("-") for name in unknown if name.startswith("--")], actions, "--")
+    if unknown:
+        raise ValueError(f"the command line has values that belong to no option: {' '.join(unknown)}.")
+    merged = {**given, **vars(parsed)}
+    merged.pop("recipe", None)
+    if "output_dir" not in merged:
+        raise ValueError("output_dir is missing: the folder for checkpoints and the result.")
+    run, args = parser.parse_dict(merged)
+    return run, args
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The values in a YAML file; raises ValueError if it is not a mapping."""
+    if not path.is_file():
+        raise ValueError(f"recipe={str(path)!r} does not exist.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold `name: value` lines.")
+    return values
+
+
+def check_names(names: Iterable[str], known: Iterable[str], place: str) -> None:
+    """Raise ValueError for names that do not exist, with the nearest that do."""
+    known = list(known)
+    unknown = [name for name in names if name.replace("-", "_") not in known]
+    if unknown:
+        near = [difflib.get_close_matches(name.replace("-", "_"), known, n=1, cutoff=0.5) for name in unknown]
+        hints = [
+            f"{name!r}" + (f" (did you mean {match[0]!r}?)" if match else "")
+            for name, match in zip(unknown, near, strict=True)
+        ]
+        raise ValueError(f"{place}: no option is called {', '.join(hints)}.")
+
+
+def changed_values(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass whose values are not their defaults, as JSON can hold them."""
+    values = config.to_dict() if isinstance(config, DistillationConfig) else dataclasses.asdict(config)
+    plain = {entry.name: entry.default for entry in dataclasses.fields(config)}
+    return {name: value for name, value in values.items() if name in plain and value != plain[name]}
+
+
+__all__ = ["RunConfig", "changed_values", "parse_recipe"]

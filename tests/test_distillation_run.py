@@ -1,0 +1,182 @@
+"""`conversion/distill.py`: recipes, data, what a run leaves behind, and going on after being killed at any moment."""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from teachers import tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from modeling_looped.training.data import PackedStream, Source, packed, packed_blocks
+from modeling_looped.training.recipe import parse_recipe
+
+ROOT = Path(__file__).parent.parent
+
+pytest_plugins = ("distillation_place",)
+
+
+def arguments(place, output, *more):
+    return ["--recipe", str(place / "recipe.yaml"), "--output_dir", str(output), *more]
+
+
+def distill(place, output, *more):
+    import distill
+
+    return distill.main(arguments(place, output, *more))
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """A run from the recipe to its folder."""
+    assert distill(place, place / "run") == 0
+    return place / "run"
+
+
+def test_a_run_leaves_the_healed_model_and_its_record(place, finished):
+    record = json.loads((finished / "run.json").read_text())
+    assert record["status"] == "finished"
+    assert record["recipe"]["optim_recipe"] == "muon"
+    assert record["tokens_seen"] == record["data"]["tokens"] == 1024
+    assert record["steps"] == 16
+    assert record["parameters"]["student"] == record["parameters"]["trainable"]
+    teacher = load_file(place / "teacher" / "model.safetensors")
+    assert record["parameters"]["teacher"] == sum(tensor.numel() for tensor in teacher.values())
+    assert record["tokens_per_second"] > 0
+    assert "model.safetensors" in record["teacher"]["sha256"]
+    state = json.loads((finished / "trainer_state.json").read_text())
+    losses = [(entry["num_input_tokens_seen"], entry["loss"]) for entry in state["log_history"] if "loss" in entry]
+    assert losses[0][0] == 128
+    assert losses[-1][1] < losses[0][1]
+    healed = AutoModelForCausalLM.from_pretrained(finished)
+    start = AutoModelForCausalLM.from_pretrained(finished / "start")
+    assert not torch.equal(healed.get_input_embeddings().weight, start.get_input_embeddings().weight)
+    assert record["metrics"]["eval_valid_kl"] > 0
+
+
+def test_the_same_command_again_changes_nothing(place, finished):
+    before = load_file(finished / "model.safetensors")
+    assert distill(place, finished) == 0
+    after = load_file(finished / "model.safetensors")
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+def killed(place, output, moment, delay, *more):
+    """Run the program in a process of its own and kill -9 it `delay` seconds after it reports `moment`."""
+    reader, writer = os.pipe()
+    child = os.fork()  # a new interpreter would spend ten seconds on imports
+    if child == 0:
+        os.dup2(writer, 1)
+        sys.stdout = os.fdopen(1, "w", buffering=1)
+        os._exit(distill(place, output, *more))
+    os.close(writer)
+    with os.fdopen(reader) as lines:
+        for line in lines:
+            if line.startswith(moment):
+                time.sleep(delay)
+                break
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["blocks", "stream"])
+def test_killed_at_any_moment_it_goes_on_bit_exactly(streaming, place, finished, tmp_path):
+    """kill -9 at moments of chance, in the middle of writing among them; the result is that of a run left alone."""
+    more = ["--dataset_streaming", "True"] if streaming else []
+    straight = tmp_path / "straight" if streaming else finished
+    if streaming:
+        assert distill(place, straight, *more) == 0
+    draw = random.Random(streaming)
+    for step in (4, 12):  # a checkpoint is being written when these are reported
+        killed(place, tmp_path / "killed", f"step {step}/", draw.uniform(0.0, 0.04), *more)
+        assert not (tmp_path / "killed" / "model.safetensors").exists()
+    assert distill(place, tmp_path / "killed", *more) == 0
+    expected, found = (load_file(folder / "model.safetensors") for folder in (straight, tmp_path / "killed"))
+    assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items())
+    moments = [
+        torch.load(folder / "checkpoint-16" / "optimizer.pt", weights_only=True)["state"]
+        for folder in (straight, tmp_path / "killed")
+    ]
+    for index, state in moments[0].items():
+        assert all(torch.equal(value, moments[1][index][key]) for key, value in state.items())
+
+
+def test_other_data_in_the_same_folder_is_refused(place, finished, capsys):
+    assert distill(place, finished, "--max_train_tokens", "512") == 1
+    assert "holds checkpoints of a run with another `data`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--learning_rat", "1"], "no option is called 'learning_rat' (did you mean 'learning_rate'?)"),
+        (["--beta", "2"], "beta=2.0 must lie strictly between"),
+        (["--dataset_name", "missing.jsonl"], "'missing.jsonl' does not exist"),
+        (["--student_config", "{x"], "student_config='{x' is not JSON"),
+        (["--student_config", '{"num_loop": 2}'], "called 'num_loop' (did you mean 'num_loops'?)"),
+        (["--student", '{"program": "merge", "options": {}}'], "program='merge' must be one of: compress, retrofit"),
+        (["--dataset_streaming", "True", "--teacher_targets", "x"], "leave one of the two out"),
+        (["--dataset_text_field", "body"], "no text_field='body'; its columns: text"),
+        (["--max_length", "100000"], "does not fill one block of 100000 tokens"),
+        (["--student", "nowhere/at/all"], "student='nowhere/at/all' is neither a folder nor"),
+    ],
+)
+def test_what_cannot_work_is_named(wrong, message, place, finished, tmp_path, capsys):
+    more = [] if "--student" in wrong else ["--student", str(finished / "start")]
+    assert distill(place, tmp_path / "out", *more, *wrong) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_defaults(place):
+    run, args = parse_recipe(arguments(place, place / "x", "--learning_rate", "1e-4", "--student_config", '{"a": 1}'))
+    assert args.learning_rate == 1e-4
+    assert args.save_steps == 4
+    assert args.num_train_epochs == 1.0
+    assert run.student_config == {"a": 1}
+    assert parse_recipe(arguments(place, place / "x"))[1].learning_rate == 5e-3
+    (place / "typo.yaml").write_text("max_lenght: 3\n")
+    with pytest.raises(ValueError, match=r"typo\.yaml: no option is called 'max_lenght' \(did you mean 'max_length'"):
+        parse_recipe(["--recipe", str(place / "typo.yaml")])
+
+
+@pytest.mark.parametrize(
+    "recipe", sorted((ROOT / "configuration" / "recipes").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_recipe_reads(recipe, tmp_path):
+    import compress
+    import distill as program
+    import retrofit
+
+    run, _ = parse_recipe(["--recipe", str(recipe), "--output_dir", str(tmp_path), "--use_cpu", "true"])
+    options = program.command_line({"teacher": "x", "output": "y", **run.student["options"]})
+    {"compress": compress.parse, "retrofit": retrofit.parse}[run.student["program"]](options)
+
+
+def test_blocks_hold_the_documents_one_after_the_other():
+    tokenizer = tiny_tokenizer()
+    texts = ["the cat", "sat on", "the mat and then the other cat"] * 30
+    blocks = list(packed(texts, tokenizer, 8))
+    stream = [token for text in texts for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    assert np.concatenate(blocks).tolist() == stream[: len(stream) // 8 * 8]
+    assert len(list(packed(texts, tokenizer, 8, max_tokens=35))) == 4
+
+
+def test_every_form_of_text_gives_the_same_blocks_streamed_or_not(place):
+    tokenizer = tiny_tokenizer()
+    from datasets import load_dataset
+
+    load_dataset("json", data_files=str(place / "train.jsonl"), split="train").to_parquet(place / "train.parquet")
+    blocks = packed_blocks(Source(str(place / "train.jsonl")), tokenizer, 16)
+    assert packed_blocks(Source(str(place / "train.parquet")), tokenizer, 16).fingerprint == blocks.fingerprint
+    assert packed_blocks(Source(str(place / "train.jsonl"), seed=1), tokenizer, 16).fingerprint != blocks.fingerprint
+    stream = PackedStream(Source(str(place / "train.jsonl"), streaming=True), tokenizer, 16)
+    streamed = np.stack([row["input_ids"].numpy() for row in stream])
+    assert np.array_equal(streamed, blocks.blocks)
+    assert len(packed_blocks(Source(str(place / "valid.txt")), tokenizer, 16)) > 1
