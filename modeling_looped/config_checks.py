@@ -383,6 +383,11 @@ def check_depth_sampling(config: LoopedConfig) -> None:
             f"depth_sampling: granularity={granularity!r} with halting={config.halting['type']!r}: the halting rule "
             "chooses among the loops of a whole batch; use granularity='batch', or halting='none'."
         )
+    if config.num_core_layers and granularity != "batch" and config.depth_attention["type"] != "none":
+        raise ValueError(
+            f"depth_sampling: granularity={granularity!r} with depth_attention={config.depth_attention['type']!r}: it "
+            "reads all loops of the batch; use granularity='batch', or depth_attention='none'."
+        )
 
 
 def counts_are_valid(config: LoopedConfig) -> bool:

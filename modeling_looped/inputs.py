@@ -86,6 +86,11 @@ def refuse_mixed_depths(config: LoopedConfig, cache: Cache | None) -> None:
             f"num_loops holds a depth for each sequence or token, and halting={config.halting['type']!r} chooses "
             "among the loops of a whole batch: pass one integer."
         )
+    if config.num_core_layers and config.depth_attention["type"] != "none":
+        raise ValueError(
+            f"num_loops holds a depth for each sequence or token, and depth_attention="
+            f"{config.depth_attention['type']!r} reads all loops of the call: pass one integer."
+        )
 
 
 def prefix_blocks(config: LoopedConfig, token_type_ids: Tensor | None) -> dict[str, Tensor]:

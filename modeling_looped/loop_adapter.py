@@ -145,6 +145,8 @@ class LoopLoRA(SelfInitialised):
         self.scale = scale
         self.table_loops = table_loops
         self.loops = tuple(range(table_loops) if loops is None else loops)
+        #: Loops without a gap: where a loop's row is can then be computed, and a compiled graph serves all of them.
+        self.without_gap = self.loops == tuple(range(self.loops[0], self.loops[-1] + 1))
         rows = len(self.loops)
         # Parameters, not Linears: PEFT's "all-linear" must see each physical projection once and nothing else.
         self.A = nn.Parameter(torch.empty(rows, rank, in_features))
@@ -165,6 +167,8 @@ class LoopLoRA(SelfInitialised):
     def row(self, loop_idx: int) -> int | None:
         """Row of the tables that loop `loop_idx` uses, if it has an adapter; loops beyond T do as the last of them."""
         loop = table_row(loop_idx, self.table_loops)
+        if self.without_gap:
+            return loop - self.loops[0] if self.loops[0] <= loop <= self.loops[-1] else None
         return self.loops.index(loop) if loop in self.loops else None
 
     def forward(self, inputs: Tensor, loop_idx: int, shared: Tensor) -> Tensor:

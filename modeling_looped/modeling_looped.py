@@ -316,7 +316,8 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         masks = attention_masks(
             self.config, self.stored_types, embeds, attention_mask, positions, given_cache, token_type_ids
         )
-        before = tokens_before(self.ngram_embedding, previous_input_ids, given_cache)
+        seen = None if given_cache is None else past_key_values
+        before = tokens_before(self.ngram_embedding, previous_input_ids, seen)
         embeds = self.embed(self.ngram_embedding(embeds, input_ids, before, positions), positions, token_type_ids)
         encoder = encoder_states(
             self.config, encoder_hidden_states, encoder_attention_mask, both_caches, embeds, kwargs

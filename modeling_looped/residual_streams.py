@@ -253,10 +253,11 @@ class HyperConnection(SelfInitialised, ABC):
         """X [B, S, n, D] in loop `loop_idx` -> what the branch reads, [B, S, D], and how its output is written."""
         row = table_row(loop_idx, self.rows)
         side_by_side = streams.flatten(2)
-        # fp32: the numbers are few, and 20 roundings of a doubly stochastic matrix in bf16 no longer make one
-        rms = side_by_side.float().square().mean(dim=-1, keepdim=True)
-        projected = F.linear(side_by_side, self.weight[row]).float() * self.inverse_rms(rms)
-        read, write, mix = self.mappings(projected, self.gate[row].float(), self.bias[row].float())
+        # at least fp32: the numbers are few, and 20 roundings of a doubly stochastic matrix in bf16 no longer make one
+        exact = torch.promote_types(streams.dtype, torch.float32)
+        rms = side_by_side.to(exact).square().mean(dim=-1, keepdim=True)
+        projected = F.linear(side_by_side, self.weight[row]).to(exact) * self.inverse_rms(rms)
+        read, write, mix = self.mappings(projected, self.gate[row].to(exact), self.bias[row].to(exact))
         kind = streams.dtype
         entering = (read.to(kind).unsqueeze(-1) * streams).sum(dim=2)
         return entering, Mapping(write.to(kind), None if mix is None else mix.to(kind))

@@ -136,6 +136,7 @@ def reference_trace(
         s = spread(config, s, in_core=True) if carried(config) else s
         states.append(s)
         inputs: list[Tensor] = []
+        first_anchor = len(run.anchors)
         G = config.core_group_size or R
         for first in range(P, P + R, G):
             for t in range(T):
@@ -147,6 +148,7 @@ def reference_trace(
                 s = torch.where(t < per_token(own, s), after, s)
                 if backprop_loops is not None and t < own.max() - backprop_loops:
                     s = torch.where(t < per_token(own, s) - backprop_loops, s.detach(), s)
+                    run.anchors[first_anchor:] = [(k.detach(), v.detach()) for k, v in run.anchors[first_anchor:]]
                     for layer, shared in run.held.items():
                         run.held[layer] = (shared[0].detach(), shared[1].detach())
                 states.append(s)

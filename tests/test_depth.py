@@ -20,7 +20,11 @@ TOKENS = random_tokens(4, 7)
 DEPTHS = torch.tensor([3, 1, 5, 2])
 
 #: Variants that read the last state, as rows with depths of their own must.
-READ_LAST = [name for name, v in VARIANTS.items() if "halting" not in v and v.get("num_core_layers", 2)]
+READ_LAST = [
+    name
+    for name, v in VARIANTS.items()
+    if not {"halting", "depth_attention"} & v.keys() and v.get("num_core_layers", 2)
+]
 TRUNCATABLE = [
     name
     for name in READ_LAST

@@ -176,8 +176,10 @@ def test_gradient_of_the_core_predicts_finite_differences(variant):
 
 
 @pytest.mark.parametrize(("mode", "backprop_loops"), [(None, 1), ("loop", 2)])
-# A halting gate reads the states before the cut too, so its own gradient cannot be cut by hooks on them.
-@pytest.mark.parametrize("variant", [name for name in TRUNCATABLE if name not in ("halting_gate", "halting_act")])
+# A halting gate and depth attention read loops before the cut too, which hooks on the states cannot cut.
+@pytest.mark.parametrize(
+    "variant", [name for name in TRUNCATABLE if name not in ("halting_gate", "halting_act", "depth_attention")]
+)
 def test_truncated_gradients_equal_those_of_a_cut_full_graph(variant, mode, backprop_loops):
     """The reference keeps the whole graph and multiplies by zero what flows back through the states up to the cut."""
     tokens, num_loops = random_tokens(), 4

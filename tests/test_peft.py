@@ -83,6 +83,8 @@ def test_all_linear_puts_one_adapter_on_every_stored_projection_and_nowhere_else
     expected |= {f"model.layers.{layer}.self_attn.value_gate" for layer in config.value_embedding.get("layers", ())}
     if config.embedding_size is not None:
         expected.add("model.embedding_projection")
+    tables = config.ngram_embedding.get("table_sizes", ())
+    expected |= {f"model.ngram_embedding.projections.{table}" for table in range(len(tables))}
     found = adapted_modules(adapted(model, LoraConfig(target_modules="all-linear")))
     assert len(found) == len(set(found))
     assert set(found) == expected
