@@ -269,6 +269,11 @@ def test_parameters_that_make_no_sense_are_refused(spec, message):
 
 
 def test_depths_of_rows_are_refused_beside_a_halting_rule():
+    anchors = {"depth_sampling": {"type": "uniform", "granularity": "sequence"}, "depth_attention": "anchors"}
+    with pytest.raises(StrictDataclassError, match="granularity='sequence' with depth_attention='anchors'"):
+        tiny_config(**anchors)
+    with pytest.raises(ValueError, match="depth_attention='anchors' reads all loops of the call"):
+        tiny_model(depth_attention="anchors")(random_tokens(2), num_loops=torch.tensor([1, 2]))
     with pytest.raises(StrictDataclassError, match="depth_sampling: granularity='token' with halting='gate'"):
         tiny_config(halting="gate", depth_sampling={"type": "poisson", "granularity": "token"})
     sampled_model(halting="gate")(TOKENS, labels=TOKENS).loss.backward()
