@@ -61,6 +61,18 @@ def test_every_cache_generates_what_no_cache_does(name, beams):
     assert torch.equal(alone[0], expected[1])
 
 
+def test_prompt_lookup_and_an_assistant_give_the_greedy_tokens():
+    """Assisted decoding takes back what was drafted, so it crops both halves of the cache; one sequence at a time."""
+    model, assistant = pair(), pair()
+    assistant.decoder.config.num_loops = 1
+    options = {"max_new_tokens": 7, "do_sample": False}
+    for row, length in ((0, 9), (1, 6)):
+        source = SOURCE[row : row + 1, :length]
+        expected = model.generate(source, **options)
+        assert torch.equal(model.generate(source, prompt_lookup_num_tokens=3, **options), expected)
+        assert torch.equal(model.generate(source, assistant_model=assistant, **options), expected)
+
+
 def test_greedy_tokens_are_those_of_whole_forwards():
     model = pair()
     tokens = torch.ones(2, 1, dtype=torch.long)
