@@ -18,10 +18,13 @@ import retrofit
 from modeling_looped.conversion.output_folder import MANIFEST
 from modeling_looped.training.config import DistillationConfig
 from modeling_looped.training.recipe import RunConfig, parse_recipe
-from modeling_looped.training.run import distill
+from modeling_looped.training.run import distill, training_source
 
 #: Programs of this folder that make a student.
 PROGRAMS = {"compress": compress.main, "retrofit": retrofit.main}
+
+#: Enough for 16,384 tokens of any tokenizer; `compress.py` reads as many of them as its options say.
+CALIBRATION_CHARACTERS = 200_000
 
 
 def make_student(run: RunConfig, args: DistillationConfig) -> str:
@@ -41,9 +44,26 @@ def make_student(run: RunConfig, args: DistillationConfig) -> str:
             given = {"teacher": args.teacher_model_name_or_path, "output": start, **options}
             if args.teacher_gguf_file is not None:
                 given["gguf-file"] = args.teacher_gguf_file
+            if options.get("adapter") == "fitted" and "calibration" not in options:
+                given["calibration"] = calibration_text(run, args)
             if PROGRAMS[program](command_line(given)):
                 raise ValueError(f"student: {program}.py could not make it.")
     return str(start)
+
+
+def calibration_text(run: RunConfig, args: DistillationConfig) -> Path:
+    """A file with the beginning of the text to train on, for a start that is fitted to text."""
+    output = Path(str(args.output_dir))
+    output.mkdir(parents=True, exist_ok=True)
+    documents, characters = [], 0
+    for document in training_source(run, args).documents():
+        documents.append(document)
+        characters += len(document)
+        if characters > CALIBRATION_CHARACTERS:
+            break
+    file = output / "calibration.txt"
+    file.write_text("\n\n".join(documents), encoding="utf-8")
+    return file
 
 
 def command_line(options: dict[str, Any]) -> list[str]:

@@ -68,6 +68,19 @@ def test_the_same_command_again_changes_nothing(place, finished):
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+def test_a_start_that_is_fitted_reads_the_beginning_of_the_training_text(place, tmp_path):
+    options = {"prelude": 1, "core": 2, "coda": 1, "loops": 2, "merge": "first", "rank": 2, "adapter": "fitted"}
+    options |= {"text": str(place / "valid.txt"), "calibration-tokens": 256}
+    student = json.dumps({"program": "compress", "options": options})
+    assert distill(place, tmp_path / "run", "--student", student, "--max_train_tokens", "128") == 0
+    manifest = json.loads((tmp_path / "run" / "start" / "looped_manifest.json").read_text())
+    assert manifest["settings"]["adapter"] == "fitted"
+    assert 0 < manifest["calibration"]["tokens"] <= 256
+    texts = [json.loads(line)["text"] for line in (place / "train.jsonl").read_text().splitlines()]
+    read = (tmp_path / "run" / "calibration.txt").read_text().split("\n\n")
+    assert sorted(read) == sorted(texts)
+
+
 def killed(place, output, moment, delay, *more):
     """Run the program in a process of its own and kill -9 it `delay` seconds after it reports `moment`."""
     reader, writer = os.pipe()

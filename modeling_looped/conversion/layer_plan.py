@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 #: Order in which R shared layers stand for R * T teacher layers in a row -> the groups of layers that loop together.
 ORDERS = ("cycle", "sequence")
@@ -38,6 +39,12 @@ class LayerPlan:
         lengths = {len(group) for group in self.core}
         if len(lengths) > 1 or 0 in lengths:
             raise ValueError(f"core={self.core} must name one teacher layer per loop, equally many for every layer.")
+
+    @classmethod
+    def from_manifest(cls, values: Mapping[str, Any]) -> LayerPlan:
+        """The plan that a manifest holds under `plan`."""
+        core = tuple(tuple(group) for group in values["core"])
+        return cls(tuple(values["prelude"]), core, tuple(values["coda"]), values["order"])
 
     @property
     def num_loops(self) -> int:

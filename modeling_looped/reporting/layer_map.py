@@ -55,9 +55,7 @@ def layer_map_of(manifest: dict[str, Any], config: LoopedConfig) -> LayerMap:
         ValueError: if the manifest has none, or one of another model than `config`'s.
     """
     if "plan" in manifest:
-        plan = manifest["plan"]
-        core = tuple(tuple(group) for group in plan["core"])
-        read = LayerPlan(tuple(plan["prelude"]), core, tuple(plan["coda"]), plan["order"])
+        read = LayerPlan.from_manifest(manifest["plan"])
         groups = (*((layer,) for layer in read.prelude), *read.core, *((layer,) for layer in read.coda))
         dropped = tuple(manifest.get("dropped_layers", ()))
         layers = max(*read.executed, *dropped, -1) + 1

@@ -47,8 +47,7 @@ def map_of_folder(folder: Path, num_layers: int) -> list[int] | None:
     plan = json.loads(path.read_text(encoding="utf-8")).get("plan")
     if plan is None:
         return None
-    core = tuple(map(tuple, plan["core"]))
-    return layer_map(LayerPlan(tuple(plan["prelude"]), core, tuple(plan["coda"]), plan["order"]), num_layers)
+    return layer_map(LayerPlan.from_manifest(plan), num_layers)
 
 
 def default_map(layout: SlotLayout, num_layers: int) -> list[int]:

@@ -155,13 +155,9 @@ def distill(
     return record
 
 
-def training_data(run: RunConfig, args: DistillationConfig, tokenizer: Any) -> PackedBlocks | PackedStream:
-    """The blocks to train on; for a stream, the number of steps is set from the number of tokens.
-
-    Raises:
-        ValueError: for a stream without an end.
-    """
-    source = Source(
+def training_source(run: RunConfig, args: DistillationConfig) -> Source:
+    """Where the text to train on comes from, in the order of the run's seed."""
+    return Source(
         str(run.dataset_name),
         run.dataset_config,
         run.dataset_split,
@@ -169,6 +165,15 @@ def training_data(run: RunConfig, args: DistillationConfig, tokenizer: Any) -> P
         run.dataset_streaming,
         args.data_seed if args.data_seed is not None else args.seed,
     )
+
+
+def training_data(run: RunConfig, args: DistillationConfig, tokenizer: Any) -> PackedBlocks | PackedStream:
+    """The blocks to train on; for a stream, the number of steps is set from the number of tokens.
+
+    Raises:
+        ValueError: for a stream without an end.
+    """
+    source = training_source(run, args)
     if not run.dataset_streaming:
         return packed_blocks(source, tokenizer, run.max_length, run.max_train_tokens)
     if args.max_steps <= 0:
