@@ -94,7 +94,8 @@ def fit_adapters(
         teacher: what it was made of, in float32.
         plan: which layer each slot stands for.
         windows: calibration text, token ids [1, S], equally long (others are left out). All of it is in memory at
-            once, with five states of the teacher for every layer of the plan's core: 20 * D bytes per token and layer.
+            once, with six states of the teacher for every layer that an adapter stands for: 24 * D bytes per token and
+            layer.
         progress: gets a line per slot.
 
     Raises:
@@ -105,9 +106,15 @@ def fit_adapters(
     if not text:
         raise ValueError("windows is empty: fitting needs calibration text.")
     ids = torch.cat(text).to(teacher.device)
-    fitter = Fitter(student, plan, record(teacher, {layer for group in plan.core for layer in group}, ids), progress)
-    if not fitter.handles:
-        raise ValueError("the student has no loop adapter to fit: compress it with a rank of at least 1.")
+    spec = student.config.loop_adapter
+    if spec["type"] != "lora" or spec["shared_scale"] != "per_channel":
+        raise ValueError(
+            f"loop_adapter={spec} must be of the type 'lora', with shared_scale='per_channel', to be fitted."
+        )
+    loops = range(plan.num_loops) if spec["loops"] is None else spec["loops"]
+    fitter = Fitter(
+        student, plan, record(teacher, {group[loop] for group in plan.core for loop in loops}, ids), progress
+    )
     was_training = student.training
     try:
         student.eval().model(ids, use_cache=False)
@@ -177,13 +184,11 @@ class Fitter:
             layer = layers[len(plan.prelude) + index]
             adapters = [(name, part) for name, part in layer.named_modules() if isinstance(part, LoopLoRA)]
             for name, part in adapters:
-                if part.shared_scale is None:
-                    raise ValueError("the student's loop adapters need shared_scale='per_channel' to be fitted.")
                 projection = layer.get_submodule(name.replace("loop_adapters.", ""))
                 hook = partial(self._fit, index, name.rpartition(".")[2], projection)
                 self.handles.append(part.register_forward_pre_hook(hook))
             for projection, norm in ENDS.items():
-                if self.repairs and adapters:
+                if self.repairs:
                     hook = partial(self._keep_residual, projection)
                     self.handles.append(layer.get_submodule(norm).register_forward_pre_hook(hook))
 
