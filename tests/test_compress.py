@@ -12,6 +12,7 @@ from modeling_looped import LoopedForCausalLM
 from modeling_looped.conversion.alignment import align
 from modeling_looped.conversion.calibration import calibrate
 from modeling_looped.conversion.compress import compress, layer_weights, teacher_layers
+from modeling_looped.conversion.fitting import fit_adapters
 from modeling_looped.conversion.layer_plan import kept_plan, shared_plan
 from modeling_looped.conversion.merging import MERGES, low_rank, relative_error
 
@@ -277,5 +278,9 @@ def test_fitting_without_text_or_without_anything_to_fit_is_refused():
         compress(teacher, PLAN, rank=4, merge="first", adapter="fitted")
     with pytest.raises(ValueError, match="nothing to fit in num_loops=1"):
         fitted(teacher, 4, kept_plan([0, 1, 2], [1], 1))
+    with pytest.raises(ValueError, match="must be a 'lora' with shared_scale='per_channel' to be fitted"):
+        fit_adapters(compress(teacher, PLAN, rank=4).model, teacher, PLAN, [random_tokens(1, 8)])
+    with pytest.raises(ValueError, match="windows is empty"):
+        fit_adapters(fitted(teacher, 4).model, teacher, PLAN, [])
     with pytest.raises(ValueError, match="alignment='neurons' must be 'none'"):
         fitted(teacher, 4, alignment="neurons")

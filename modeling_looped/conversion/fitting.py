@@ -94,7 +94,7 @@ def fit_adapters(
         teacher: what it was made of, in float32.
         plan: which layer each slot stands for.
         windows: calibration text, token ids [1, S], equally long (others are left out). All of it is in memory at
-            once, with six states of the teacher for every layer that an adapter stands for: 24 * D bytes per token and
+            once, with five states of the teacher for every layer that an adapter stands for: 20 * D bytes per token and
             layer.
         progress: gets a line per slot.
 
@@ -108,13 +108,10 @@ def fit_adapters(
     ids = torch.cat(text).to(teacher.device)
     spec = student.config.loop_adapter
     if spec["type"] != "lora" or spec["shared_scale"] != "per_channel":
-        raise ValueError(
-            f"loop_adapter={spec} must be of the type 'lora', with shared_scale='per_channel', to be fitted."
-        )
+        raise ValueError(f"loop_adapter={spec} must be a 'lora' with shared_scale='per_channel' to be fitted.")
     loops = range(plan.num_loops) if spec["loops"] is None else spec["loops"]
-    fitter = Fitter(
-        student, plan, record(teacher, {group[loop] for group in plan.core for loop in loops}, ids), progress
-    )
+    layers = {group[loop] for group in plan.core for loop in loops}
+    fitter = Fitter(student, plan, record(teacher, layers, ids), progress)
     was_training = student.training
     try:
         student.eval().model(ids, use_cache=False)
