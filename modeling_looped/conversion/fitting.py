@@ -94,8 +94,8 @@ def fit_adapters(
         teacher: what it was made of, in float32.
         plan: which layer each slot stands for.
         windows: calibration text, token ids [1, S], equally long (others are left out). All of it is in memory at
-            once, with five states of the teacher for every layer that an adapter stands for: 20 * D bytes per token and
-            layer.
+            once, with five states of the teacher for every layer that an adapter stands for: 20 * D bytes per token
+            and layer.
         progress: gets a line per slot.
 
     Raises:
