@@ -14,6 +14,7 @@ from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from modeling_looped.modeling_looped import LoopedForCausalLM
+from modeling_looped.training.data import Source
 
 from .calibration import Calibration, calibrate
 from .checkpoint import Steps, check_device, write_result
@@ -25,6 +26,9 @@ from .output_folder import check_output
 from .special_tokens import align_special_tokens
 from .teacher import TeacherFiles, find_teacher, sha256
 from .verification import HELD_OUT_TEXT, in_full_precision, loss_by_loops, mean_loss, text_windows
+
+#: More than any tokenizer needs.
+CHARACTERS_PER_TOKEN = 12
 
 #: Makes the plan once the number of layers and the teacher's calibration are known.
 Planner = Callable[[int, Calibration | None], LayerPlan]
@@ -66,7 +70,8 @@ def compress_checkpoint(
         output: folder to write; must not exist or be empty, unless `overwrite`.
         planner: makes the plan.
         rank, merge, adapter, alignment, loop_update: as in `compress`.
-        calibration_text: file of text to calibrate on; `None`: no calibration.
+        calibration_text: file of text to calibrate on, plain or with a column `text` (.jsonl, .json, .parquet);
+            `None`: no calibration.
         calibration_tokens: how much of it is read.
         gguf_file, revision: as in `find_teacher`.
         text: file of held-out text for the losses; another one than the calibration's.
@@ -83,7 +88,7 @@ def compress_checkpoint(
     if calibration_tokens < 1:
         raise ValueError(f"calibration_tokens={calibration_tokens} must be at least 1.")
     content = text.read_text(encoding="utf-8")
-    seen_text = None if calibration_text is None else calibration_text.read_text(encoding="utf-8")
+    seen_text = None if calibration_text is None else beginning(calibration_text, calibration_tokens)
     if seen_text == content:
         raise ValueError(
             f"calibration_text={str(calibration_text)!r} is the held-out text: its loss would be too good."
@@ -167,6 +172,23 @@ def compress_checkpoint(
     write_result(output, model, tokenizer, manifest)
     step("done: the model is only a start, and reads badly until it is trained")
     return CompressedCheckpoint(model, tokenizer, manifest)
+
+
+def beginning(file: Path, tokens: int) -> str:
+    """The first documents of a text file, or of one with a column `text`: enough for `tokens` tokens of any tokenizer.
+
+    Raises:
+        ValueError: if it is a table without that column.
+    """
+    if file.suffix not in (".json", ".jsonl", ".parquet"):
+        return file.read_text(encoding="utf-8")
+    documents, characters = [], 0
+    for document in Source(str(file), streaming=True).documents():
+        documents.append(document)
+        characters += len(document)
+        if characters > CHARACTERS_PER_TOKEN * tokens:
+            break
+    return "\n\n".join(documents)
 
 
 def error_table(errors: Sequence[InitialError]) -> list[str]:
