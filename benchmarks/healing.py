@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -109,20 +110,28 @@ def pieces(documents: Iterator[str]) -> Iterator[str]:
             left = left[PIECE:]
 
 
-def train(options: argparse.Namespace, name: str, folder: Path, seed: int, rate: float, tokens: int) -> dict:
-    """Train one student, or go on, or read what an earlier call finished; returns its row."""
+def distil(
+    options: argparse.Namespace, name: str, folder: Path, seed: int, rate: float, tokens: int, **changes: Any
+) -> Path:
+    """Train one student, or go on, or leave what an earlier call finished; returns the run's folder.
+
+    Args:
+        changes: fields of the recipe that differ from the benchmark's; `None`: left to the default.
+    """
     is_teacher = folder == options.teacher
     output = options.work / f"{name}-seed{seed}-lr{rate:g}-{tokens}"
     settings = {
         "student": folder,
         "dataset_name": mixed(options),
-        "eval_datasets": json.dumps({set_name: str(path) for set_name, path in options.eval}),
+        "eval_datasets": {set_name: str(path) for set_name, path in options.eval},
         "max_length": LENGTH,
         "max_train_tokens": tokens,
         "max_eval_tokens": options.eval_tokens,
         "per_device_train_batch_size": 4,
         "per_device_eval_batch_size": 4,
         "teacher_model_name_or_path": options.teacher,
+        "teacher_gguf_file": options.gguf_file,
+        "student_gguf_file": options.gguf_file if is_teacher else None,
         # the teacher itself has nobody to learn from but the text
         "cross_entropy_weight": 1.0 if is_teacher else 0.5,
         "optim_recipe": "adamw",
@@ -135,23 +144,28 @@ def train(options: argparse.Namespace, name: str, folder: Path, seed: int, rate:
         "logging_steps": 10,
         "save_steps": 25,
         "save_total_limit": 1,
-        "eval_on_start": seed == options.seeds[0] and rate == options.learning_rates[0],
         "eval_strategy": "no",
         "report_to": "none",
         "teacher_targets": options.work / f"targets-seed{seed}-{tokens}",
         "output_dir": output,
-        **dict(options.settings).get(name, {}),
+        **changes,
     }
-    if options.gguf_file:
-        settings["teacher_gguf_file"] = options.gguf_file
-        if is_teacher:
-            settings["student_gguf_file"] = options.gguf_file
     record = output / "run.json"
     if not record.exists() or json.loads(record.read_text(encoding="utf-8"))["status"] != "finished":
-        values = {key: json.dumps(value) if isinstance(value, dict) else value for key, value in settings.items()}
-        arguments = [part for key, value in values.items() for part in (f"--{key}", str(value))]
+        arguments = []
+        for key, value in settings.items():
+            if value is not None:
+                arguments += [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
         subprocess.run([sys.executable, str(PROGRAM), *arguments], check=True)
-    done = json.loads(record.read_text(encoding="utf-8"))
+    return output
+
+
+def train(
+    options: argparse.Namespace, name: str, folder: Path, seed: int, rate: float, tokens: int, **changes: Any
+) -> dict:
+    """A row of the table: `distil`, and what came of it."""
+    output = distil(options, name, folder, seed, rate, tokens, **changes)
+    done = json.loads((output / "run.json").read_text(encoding="utf-8"))
     log = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
     row = {
         "name": name,
@@ -163,12 +177,23 @@ def train(options: argparse.Namespace, name: str, folder: Path, seed: int, rate:
         "before": {},
         "after": {set_name: done["metrics"][f"eval_{set_name}_loss"] for set_name, _ in options.eval},
     }
-    for set_name, _ in options.eval:
-        losses = [entry[f"eval_{set_name}_loss"] for entry in log if f"eval_{set_name}_loss" in entry]
-        if settings["eval_on_start"]:
+    if changes.get("eval_on_start"):
+        for set_name, _ in options.eval:
+            losses = [entry[f"eval_{set_name}_loss"] for entry in log if f"eval_{set_name}_loss" in entry]
             row["before"][set_name] = losses[0]
-    if options.loops and not is_teacher:
-        row["after_by_loops"] = by_loops(options, output)
+    return row
+
+
+def student(
+    options: argparse.Namespace, name: str, folder: Path, seed: int, rate: float, tokens: int | None = None
+) -> dict:
+    """`train` with what the command line says of this student; a start is measured once, in the first of its runs."""
+    changes = dict(options.settings).get(name, {})
+    first = seed == options.seeds[0] and rate == options.learning_rates[0]
+    tokens = tokens or options.tokens
+    row = train(options, name, folder, seed, rate, tokens, eval_on_start=first, **changes)
+    if options.measured_loops and folder != options.teacher:
+        row["after_by_loops"] = by_loops(options, options.work / f"{name}-seed{seed}-lr{rate:g}-{tokens}")
     return row
 
 
@@ -177,7 +202,7 @@ def by_loops(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, f
     """Losses of a trained student at other loop counts, on the same blocks; measured once."""
     file = folder / "losses_by_loops.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    missing = [loops for loops in map(str, options.loops) if loops not in known]
+    missing = [loops for loops in map(str, options.measured_loops) if loops not in known]
     if missing:
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -187,7 +212,7 @@ def by_loops(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, f
             for loops in missing:
                 known.setdefault(loops, {})[set_name] = mean_loss(model, windows, num_loops=int(loops))
         file.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
-    return {str(loops): known[str(loops)] for loops in options.loops}
+    return {str(loops): known[str(loops)] for loops in options.measured_loops}
 
 
 def best_rate(options: argparse.Namespace, name: str, folder: Path, tuned: list[dict]) -> float:
@@ -195,7 +220,7 @@ def best_rate(options: argparse.Namespace, name: str, folder: Path, tuned: list[
     if len(options.learning_rates) == 1:
         return options.learning_rates[0]
     tokens = options.tune_tokens or options.tokens
-    rows = [train(options, name, folder, options.seeds[0], rate, tokens) for rate in options.learning_rates]
+    rows = [student(options, name, folder, options.seeds[0], rate, tokens) for rate in options.learning_rates]
     tuned += rows
     return min(rows, key=lambda row: statistics.fmean(row["after"].values()))["learning_rate"]
 
@@ -215,7 +240,7 @@ def main() -> None:
     rows = []
     for seed in options.seeds:
         for name, folder in runs:
-            rows.append(train(options, name, folder, seed, rates[name], options.tokens))
+            rows.append(student(options, name, folder, seed, rates[name]))
             if options.output:  # after each run: a benchmark that is stopped keeps what it measured
                 options.output.write_text(json.dumps(table(options, rows, tuned), indent=2) + "\n", encoding="utf-8")
     print("| student | seed | rate | M parameters | tokens |" + "".join(f" {s}: start | healed | gap |" for s in sets))

@@ -126,6 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
         compress_checkpoint(
             **{name: getattr(options, name) for name in passed},
             planner=partial(plan, options),
+            searches=options.find is not None,
             loop_update="replace" if options.gate is None else gate,
             command=shlex.join(["python", "conversion/compress.py", *given]),
             report=print,

@@ -52,6 +52,7 @@ def compress_checkpoint(
     adapter: str = "svd",
     alignment: str = "none",
     loop_update: dict | str = "replace",
+    searches: bool = True,
     calibration_text: Path | None = None,
     calibration_tokens: int = 8192,
     gguf_file: str | None = None,
@@ -69,6 +70,7 @@ def compress_checkpoint(
         teacher: folder or Hub id of a stacked checkpoint, or what `find_teacher` made of it.
         output: folder to write; must not exist or be empty, unless `overwrite`.
         planner: makes the plan.
+        searches: whether `planner` reads the calibration; if it does not, none is made that nothing else needs.
         rank, merge, adapter, alignment, loop_update: as in `compress`.
         calibration_text: file of text to calibrate on, plain or with a column `text` (.jsonl, .json, .parquet);
             `None`: no calibration.
@@ -98,7 +100,7 @@ def compress_checkpoint(
         step(f"looking up {teacher}")
         teacher = find_teacher(teacher, gguf_file=gguf_file, revision=revision)
     layers = teacher.config.num_hidden_layers
-    if seen_text is None:
+    if seen_text is None or not searches:
         planner(layers, None).check(layers)  # what cannot work fails before the weights are loaded
     step("loading the tokenizer and the teacher")
     tokenizer = teacher.tokenizer()
@@ -111,14 +113,16 @@ def compress_checkpoint(
     calibration, windows = None, []
     if seen_text is not None:
         windows = text_windows(tokenizer, seen_text, length=length)[: max(1, calibration_tokens // length)]
-        step(f"calibrating on {sum(map(torch.numel, windows))} tokens of {Path(str(calibration_text)).name}")
         # fitting makes statistics of its own, of the student
         measured = () if adapter == "fitted" and merge not in CALIBRATED_MERGES else None
-        calibration = calibrate(in_full_precision(source), windows, layers=measured)
+        if searches or measured is None:
+            step(f"calibrating on {sum(map(torch.numel, windows))} tokens of {Path(str(calibration_text)).name}")
+            calibration = calibrate(in_full_precision(source), windows, layers=measured)
     plan = planner(layers, calibration)
     for line in plan.rows():
         report(f"   {line}")
-    step("merging layers" + (" and fitting their adapters" if windows and adapter == "fitted" else ""))
+    fitted = f" and fitting their adapters to {sum(map(torch.numel, windows))} tokens" if adapter == "fitted" else ""
+    step(f"merging layers{fitted}")
     model, errors = compress(
         source,
         plan,
@@ -159,8 +163,12 @@ def compress_checkpoint(
             "device": device,
         },
         "calibration": None
-        if calibration is None or calibration_text is None
-        else {"file": calibration_text.name, "sha256": sha256(calibration_text), "tokens": calibration.tokens},
+        if calibration_text is None
+        else {
+            "file": calibration_text.name,
+            "sha256": sha256(calibration_text),
+            "tokens": sum(map(torch.numel, windows)),
+        },
         "parameters": {"teacher": source.num_parameters(), "compressed": model.num_parameters()},
         "initial_errors": [error._asdict() for error in errors],
         "checks": {
