@@ -80,6 +80,7 @@ def parse() -> argparse.Namespace:
     add("--seeds", type=int, nargs="+", default=[0])
     add("--learning-rates", type=float, nargs="+", default=[3e-4])
     add("--tune-tokens", type=int, help="to choose the learning rate on (--tokens)")
+    add("--batch-size", type=int, default=4, help="blocks of 256 tokens in a step (%(default)s)")
     add("--eval-tokens", type=int, default=10_240, help="of each text (%(default)s)")
     add("--work", required=True, type=Path, help="folder for the runs, which go on from their checkpoints")
     add("--output", type=Path, help="JSON file for the table")
@@ -127,7 +128,7 @@ def distil(
         "max_length": LENGTH,
         "max_train_tokens": tokens,
         "max_eval_tokens": options.eval_tokens,
-        "per_device_train_batch_size": 4,
+        "per_device_train_batch_size": options.batch_size,
         "per_device_eval_batch_size": 4,
         "teacher_model_name_or_path": options.teacher,
         "teacher_gguf_file": options.gguf_file,

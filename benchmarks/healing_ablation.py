@@ -47,6 +47,7 @@ def parse() -> argparse.Namespace:
     add("--tokens", type=int, default=8192, help="to train on (%(default)s)")
     add("--seeds", type=int, nargs="+", default=[0, 1])
     add("--learning-rate", type=float, default=3e-4)
+    add("--batch-size", type=int, default=4, help="blocks of 256 tokens in a step (%(default)s)")
     add("--eval-tokens", type=int, default=4096, help="of each text (%(default)s)")
     add("--work", required=True, type=Path, help="folder for starts and runs")
     add("--output", type=Path, help="JSON file for the table")
