@@ -67,6 +67,7 @@ def parse() -> argparse.Namespace:
     add("--settings", type=settings_of, nargs="*", default=[], metavar="NAME=JSON", help="of distill.py, for one")
     add(
         "--loops",
+        dest="measured_loops",
         type=int,
         nargs="+",
         default=[],
