@@ -8,8 +8,8 @@
 Students are folders that `conversion/compress.py` or `conversion/retrofit.py` wrote. Every run is one of
 `conversion/distill.py`, in a folder of its own under --work: the same command goes on where it was stopped, and reads
 what is finished. Of several learning rates each student trains with its own best one: that after --tune-tokens, by the
-mean loss on all evaluation texts. The share of the gap is (L_baseline - L) / (L_baseline - L_teacher), of losses after
-training with the same seed.
+mean loss on all evaluation texts (`--settings NAME={"learning_rates": [...]}`: other rates for one of them). The share
+of the gap is (L_baseline - L) / (L_baseline - L_teacher), of losses after training with the same seed.
 """
 
 import argparse
@@ -64,7 +64,14 @@ def parse() -> argparse.Namespace:
     add("--gguf-file", help="GGUF file in the teacher's folder")
     add("--baseline", type=named, metavar="NAME=DIR", help="the student that the others are to beat")
     add("--students", type=named, nargs="*", default=[], metavar="NAME=DIR")
-    add("--settings", type=settings_of, nargs="*", default=[], metavar="NAME=JSON", help="of distill.py, for one")
+    add(
+        "--settings",
+        type=settings_of,
+        nargs="*",
+        default=[],
+        metavar="NAME=JSON",
+        help="of distill.py, for one student",
+    )
     add(
         "--loops",
         dest="measured_loops",
@@ -190,10 +197,11 @@ def student(
     options: argparse.Namespace, name: str, folder: Path, seed: int, rate: float, tokens: int | None = None
 ) -> dict:
     """`train` with what the command line says of this student; a start is measured once, in the first of its runs."""
-    changes = dict(options.settings).get(name, {})
-    first = seed == options.seeds[0] and rate == options.learning_rates[0]
+    changes = {**dict(options.settings).get(name, {})}
+    rates = changes.pop("learning_rates", options.learning_rates)
     tokens = tokens or options.tokens
-    row = train(options, name, folder, seed, rate, tokens, eval_on_start=first, **changes)
+    changes["eval_on_start"] = seed == options.seeds[0] and rate == rates[0]
+    row = train(options, name, folder, seed, rate, tokens, **changes)
     if options.measured_loops and folder != options.teacher:
         row["after_by_loops"] = by_loops(options, options.work / f"{name}-seed{seed}-lr{rate:g}-{tokens}")
     return row
@@ -219,10 +227,11 @@ def by_loops(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, f
 
 def best_rate(options: argparse.Namespace, name: str, folder: Path, tuned: list[dict]) -> float:
     """The learning rate that a student trains with, chosen with the first seed; appends what it tried."""
-    if len(options.learning_rates) == 1:
-        return options.learning_rates[0]
+    rates = dict(options.settings).get(name, {}).get("learning_rates", options.learning_rates)
+    if len(rates) == 1:
+        return rates[0]
     tokens = options.tune_tokens or options.tokens
-    rows = [student(options, name, folder, options.seeds[0], rate, tokens) for rate in options.learning_rates]
+    rows = [student(options, name, folder, options.seeds[0], rate, tokens) for rate in rates]
     tuned += rows
     return min(rows, key=lambda row: statistics.fmean(row["after"].values()))["learning_rate"]
 
