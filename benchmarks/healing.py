@@ -38,6 +38,9 @@ LENGTH = 256
 #: Characters of a document that are mixed at a time: texts alternate within a batch, not from one book to the next.
 PIECE = 1000
 
+#: Pieces that a document gives at most: a short run shall see many documents, not a few long ones.
+PIECES = 2
+
 
 def named(text: str) -> tuple[str, Path]:
     """`name=path`, taken apart."""
@@ -96,12 +99,12 @@ def parse() -> argparse.Namespace:
 
 
 def mixed(options: argparse.Namespace) -> Path:
-    """A file to train on in which pieces of all the texts take turns, long enough for the run."""
+    """A file to train on in which pieces of all the texts take turns, in random order, enough for the run."""
     if len(options.text) == 1:
         return options.text[0]
     file = options.work / "text.jsonl"
     if not file.exists():
-        sources = [pieces(Source(str(text), streaming=True).documents()) for text in options.text]
+        sources = [pieces(Source(str(text), seed=0).documents()) for text in options.text]
         turns = itertools.islice(zip(*sources, strict=False), 8 * options.tokens // (PIECE * len(sources)) + 1)
         lines = [json.dumps({"text": piece}) + "\n" for turn in turns for piece in turn]
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -110,13 +113,10 @@ def mixed(options: argparse.Namespace) -> Path:
 
 
 def pieces(documents: Iterator[str]) -> Iterator[str]:
-    """The documents cut into pieces of about `PIECE` characters; shorter ones are joined."""
-    left = ""
+    """The beginnings of the documents, in pieces."""
     for document in documents:
-        left += ("\n\n" if left else "") + document
-        while len(left) >= PIECE:
-            yield left[:PIECE]
-            left = left[PIECE:]
+        for start in range(0, min(len(document), PIECES * PIECE), PIECE):
+            yield document[start : start + PIECE]
 
 
 def distil(
