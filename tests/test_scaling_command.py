@@ -1,17 +1,23 @@
 """`python -m modeling_looped scaling-law`: from a file or run folders to figures, a report and pictures."""
 
+import importlib.util
 import json
+import math
+from pathlib import Path
 
 import pytest
 from helpers import tiny_model
 from scaling_designs import ISO_DEPTH, PARCAE_140M, iso_depth_sweep, measured, parcae_sweep
+from teachers import tiny_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerState
 
 from modeling_looped.__main__ import main
 from modeling_looped.accounting import parameter_counts
+from modeling_looped.conversion.verification import mean_loss, text_windows
 from modeling_looped.scaling import read_table
 from modeling_looped.scaling.runs import gather
 
+ROOT = Path(__file__).parents[1]
 PNG = b"\x89PNG\r\n\x1a\n"
 QUICK = ["--restarts", "32", "--polished", "2", "--bootstrap", "8"]
 
@@ -62,11 +68,11 @@ def test_errors_say_what_was_wrong_and_leave_nothing_behind(runs_file, tmp_path,
     for more, message in (
         (["--law", "isodepth"], "law='isodepth' is unknown"),
         (["--law", "iso_depth", "--names", "loss=vall"], "has no column 'vall'; it has: once_parameters"),
-        (["--law", "iso_depth"], "needs a column 'loss'"),
-        (["--law", "iso_depth", "--names", "loss=val", "--predict", "loops"], "'loops' must be column=number"),
+        (["--law", "iso_depth"], "law='iso_depth' needs a column 'loss'"),
+        (["--law", "iso_depth", "--names", "loss=val", "--predict", "loops"], "predict='loops': 'loops' must be"),
         (
             ["--law", "iso_depth", "--names", "loss=val", "--predict", "once_parameters=1e8 recurrent_parameters=1e8"],
-            "needs a column 'loops'",
+            "predict: law='iso_depth' needs a column 'loops'",
         ),
     ):
         assert main(["scaling-law", "--table", str(runs_file), "--output", str(output), *QUICK, *more]) == 1
@@ -143,3 +149,39 @@ def test_run_folders_become_a_table(tmp_path):
     (unfinished / "run.json").unlink()
     with pytest.raises(ValueError, match=r"no run.json that names its student"):
         gather([unfinished])
+
+
+def test_the_test_time_curve_is_measured_fitted_and_gone_on_with(tmp_path, capsys):
+    """`benchmarks/test_time_curve.py`, on a model that was never trained: the figures, not the law, are at issue."""
+    spec = importlib.util.spec_from_file_location("curve", ROOT / "benchmarks" / "test_time_curve.py")
+    curve = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(curve)
+    model = tiny_model(vocab_size=300, num_loops=3)
+    model.save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    (tmp_path / "text.txt").write_text("the cat sat on the mat and then the other cat sat there too " * 4)
+    arguments = ["--model", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt"), "--length", "32"]
+    arguments += ["--hold-out", "5", "6", "--output", str(tmp_path / "curve.json")]
+    assert curve.main([*arguments, "--loops", "6"]) == 0
+    first = json.loads((tmp_path / "curve.json").read_text())
+    assert list(first["losses"]) == ["1", "2", "3", "4", "5", "6"]
+    windows = text_windows(tiny_tokenizer(), (tmp_path / "text.txt").read_text(), length=32)
+    assert first["losses"]["5"] == pytest.approx(mean_loss(model, windows, num_loops=5), rel=1e-6)
+    plateau, decay, rate = (first["coefficients"][name] for name in ("L_inf", "Z", "z"))
+    law = {loops: plateau + decay * math.exp(-rate * loops) for loops in (5, 6)}
+    error = math.sqrt(sum((law[loops] - first["losses"][str(loops)]) ** 2 for loops in (5, 6)) / 2)
+    nearest = math.sqrt(sum((first["losses"]["4"] - first["losses"][str(loops)]) ** 2 for loops in (5, 6)) / 2)
+    assert first["held_out"]["rmse"] == pytest.approx(error)
+    assert first["nearest_loop_rmse"] == pytest.approx(nearest)
+    assert first["ratio_to_nearest_loop"] == pytest.approx(error / nearest)
+    capsys.readouterr()
+    assert curve.main([*arguments, "--loops", "7"]) == 0
+    assert [line[:7] for line in capsys.readouterr().out.splitlines() if " loops: " in line] == ["7 loops"]
+    assert curve.main([*arguments, "--loops", "8", "--tokens", "64"]) == 1
+    assert "name another" in capsys.readouterr().err
+    for more, message in (
+        (["--loops", "5"], "hold_out=[6] must lie in 1..loops=5"),
+        (["--loops", "6", "--hold-out", "4", "5", "6"], "leaves 3 loop counts"),
+    ):
+        assert curve.main([*arguments, *more]) == 1
+        assert message in capsys.readouterr().err

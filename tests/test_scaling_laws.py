@@ -58,7 +58,7 @@ PUBLISHED = {
 def test_published_coefficients_come_back_from_data_drawn_from_them(name):
     law, sweep, true, noise, free, tolerance = PUBLISHED[name]
     fit = fit_law(
-        *(law, measured(sweep(), law, true, noise)), free=free, restarts=128, polished=4, resamples=24, confidence=0.99
+        *(law, measured(sweep(), law, true, noise)), free=free, restarts=128, polished=4, resamples=20, confidence=0.99
     )
     assert fit.agreement >= 0.5
     assert fit.fitted.mean_percent < 100 * noise
@@ -93,7 +93,7 @@ def test_derivatives_are_those_of_finite_differences(name):
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say():
     covered = []
-    for seed in range(12):
+    for seed in range(10):
         table = measured(CURVE, "test_time_exponential", ONE_CURVE, 5e-4, seed)
         fit = fit_law("test_time_exponential", table, restarts=8, polished=1, resamples=24, confidence=0.9, seed=seed)
         covered += [low <= ONE_CURVE[name] <= high for name, (low, high) in fit.intervals.items()]
@@ -134,10 +134,10 @@ def test_held_out_errors_are_those_of_the_rows_that_were_held_out_and_not_fitted
 
 
 def test_a_term_may_be_held_at_zero_and_an_exponent_at_a_value():
-    table = measured(iso_depth_sweep(), "iso_depth", {**ISO_DEPTH, "phi": 1.0, "E": 0.0}, 0.0)
+    table = measured(iso_depth_sweep(), "iso_depth", {**ISO_DEPTH, "phi": 1.0, "E": 0.0}, 1e-5)
     fit = fit_law("iso_depth", table, hold={"phi": 1.0, "E": 0.0}, **QUICK)
     assert fit.held == {"phi": 1.0, "E": 0.0}
-    assert fit.coefficients == pytest.approx({**ISO_DEPTH, "phi": 1.0, "E": 0.0}, rel=1e-4)
+    assert fit.coefficients == pytest.approx({**ISO_DEPTH, "phi": 1.0, "E": 0.0}, rel=5e-3)
     restricted = fit_law(
         "iso_depth", measured(iso_depth_sweep(), "iso_depth", ISO_DEPTH, 0.0), hold={"phi": 0}, **QUICK
     )
@@ -205,7 +205,7 @@ def test_predictions_are_the_laws_with_intervals_and_say_where_they_extrapolate(
         fit.predict({"once_parameters": 1e8, "recurrent_parameters": 1e8, "loops": 100, "tokens": 2e9})
     with pytest.raises(ValueError, match=r"'loop' is no column of the fit. Did you mean 'loops'"):
         fit.predict({"once_parameters": 1e8, "recurrent_parameters": 1e8, "loop": 4, "tokens": 2e9})
-    with pytest.raises(ValueError, match="needs a column 'once_parameters'"):
+    with pytest.raises(ValueError, match=r"predict: law='iso_depth' needs a column 'once_parameters'"):
         fit.predict({"loops": 4, "tokens": 2e9})
 
 
@@ -247,6 +247,15 @@ REFUSED = {
     "one that is held and freed": ({"hold": {"alpha": 1.0}, "free": ["alpha"]}, "'alpha' is both held and freed"),
     "all coefficients held": ({"hold": PARCAE_140M}, "nothing is left to fit"),
     "an unknown block": ({"blocks": ["budget"]}, "blocks: the table has no column 'budget'"),
+    "a prediction without its columns": ({"predict": [{"tokens": 1e9}]}, "predict: law='training' needs a column"),
+    "a prediction too far": (
+        {"predict": [{"unrolled_parameters": 1e8, "tokens": 1e15}], "max_extrapolation": 100.0},
+        r"tokens=1e\+15 is .* times outside of the fitted range .* max_extrapolation is 100",
+    ),
+    "an extrapolation below one": (
+        {"predict": [{"unrolled_parameters": 1e8, "tokens": 1e9}], "max_extrapolation": 0.5},
+        "max_extrapolation=0.5 must be at least 1",
+    ),
     "no restarts": ({"restarts": 0}, "restarts=0"),
     "a confidence of one": ({"confidence": 1.0}, "confidence=1.0 must lie between 0 and 1"),
     "no delta": ({"delta": 0.0}, "delta=0.0 must be above 0"),

@@ -113,20 +113,19 @@ def scaling_law(options: argparse.Namespace, command: str, report: Report) -> Pa
             resamples=options.bootstrap,
             confidence=options.confidence,
             seed=options.seed,
+            predict=asked,
+            max_extrapolation=options.max_extrapolation,
         )
         for name in options.law
     ]
-    predictions = [
-        [fit.predict(values, max_extrapolation=options.max_extrapolation) for values in asked] for fit in fits
-    ]
-    for fit, said in zip(fits, predictions, strict=True):
+    for fit in fits:
         for line in summary(fit):
             report(line)
-        for one in said:
+        for one in fit.predictions:
             beyond = f"  EXTRAPOLATED: {', '.join(one.outside)}" if one.outside else ""
             interval = "" if one.interval is None else f" {shown_interval(one.interval)}"
             report(f"   predicted {one.loss:.4f}{interval} for {one.values}{beyond}")
-    written = write_reports(fits, predictions, options.output, command=command, source=source)
+    written = write_reports(fits, options.output, command=command, source=source)
     report(f"written to {written}")
     return written
 

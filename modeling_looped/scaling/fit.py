@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 
-from .diagnosis import Constraint, constraint, loose, on_bounds, statements, undetermined
-from .law import Law, did_you_mean, law_named
+from .diagnosis import Constraint, loose, on_bounds, statements, undetermined
+from .law import Law
+from .prediction import Prediction, asked_run
+from .preparation import prepare
 from .search import Objective, Optimum, Problem, best_of
-from .table import LOSS, block_of, checked, completed, select
+from .table import LOSS, block_of, columns_of
 
 
 class Errors(NamedTuple):
@@ -34,22 +36,6 @@ class Errors(NamedTuple):
     r2: float | None
 
 
-class Prediction(NamedTuple):
-    """A predicted loss.
-
-    Attributes:
-        values: the columns that it is for.
-        loss: in nats.
-        interval: of the law's loss, from the bootstrap; not of a new run, which has its own noise.
-        outside: for columns outside of the fitted range, by which factor.
-    """
-
-    values: dict[str, float]
-    loss: float
-    interval: tuple[float, float] | None
-    outside: dict[str, float]
-
-
 @dataclasses.dataclass(frozen=True)
 class Fit:
     """A fitted law.
@@ -68,6 +54,7 @@ class Fit:
         ranges: column -> smallest and largest value among the fitted runs.
         table: the runs, with columns `predicted` and `is_held_out`.
         settings: everything else that the fit depends on.
+        predictions: those that `fit_law` was asked for.
     """
 
     law: Law
@@ -84,6 +71,7 @@ class Fit:
     ranges: dict[str, tuple[float, float]]
     table: pd.DataFrame
     settings: dict[str, Any]
+    predictions: list[Prediction]
 
     def predict(self, values: Mapping[str, float], *, max_extrapolation: float = 10.0) -> Prediction:
         """The loss that the law says for a run.
@@ -93,31 +81,15 @@ class Fit:
             max_extrapolation: factor beyond the fitted range of any column at which a prediction is refused.
 
         Raises:
-            ValueError: for a missing column, one that the law does not know, a value that is not positive, or too far
-                an extrapolation.
+            ValueError: for a missing or unknown column, a value that is not positive, or too far an extrapolation.
         """
-        row = completed(pd.DataFrame([dict(values)]))
-        known = set(self.law.columns) | set(completed(self.table).columns)
-        for name in values:
-            if name not in known:
-                raise ValueError(f"predict: {name!r} is no column of the fit.{did_you_mean(name, known)}")
-        given = checked(row.assign(**{LOSS: 1.0}), self.law)
-        outside = {}
-        for name in self.law.columns:
-            value = float(given[name].iloc[0])
-            low, high = self.ranges[name]
-            factor = max(times(value, high), times(low, value))
-            if factor > max_extrapolation:
-                raise ValueError(
-                    f"predict: {name}={value:g} is {factor:.3g} times outside of the fitted range {low:g}..{high:g}, "
-                    f"and max_extrapolation is {max_extrapolation:g}."
-                )
-            if factor > 1:
-                outside[name] = factor
-        runs = columns_of(given, self.law)
-        losses = [float(self.law.loss(one, runs)[0]) for one in self.resamples]
+        known = self.table.columns
+        asked = asked_run(self.law, values, known=known, ranges=self.ranges, max_extrapolation=max_extrapolation)
+        losses = [float(self.law.loss(one, asked.runs)[0]) for one in self.resamples]
         interval = percentiles(losses, self.confidence) if losses else None
-        return Prediction(dict(values), float(self.law.loss(self.coefficients, runs)[0]), interval, outside)
+        return Prediction(
+            dict(values), float(self.law.loss(self.coefficients, asked.runs)[0]), interval, asked.outside
+        )
 
 
 def fit_law(
@@ -136,6 +108,8 @@ def fit_law(
     resamples: int = 200,
     confidence: float = 0.95,
     seed: int = 0,
+    predict: Sequence[Mapping[str, float]] = (),
+    max_extrapolation: float = 10.0,
 ) -> Fit:
     """Fit a law.
 
@@ -154,41 +128,34 @@ def fit_law(
         resamples: of the bootstrap; 0 for no intervals. Each is refined from the full fit.
         confidence: of the intervals.
         seed: of starts and resamples; the same seed gives the same fit.
+        predict: runs to predict, checked before the search; more can be asked of the fit.
+        max_extrapolation: see `Fit.predict`.
 
     Raises:
         ValueError: for an unknown law or coefficient, columns or values that it cannot be fitted to, too few runs, a
-            hold-out that leaves nothing.
+            hold-out that leaves nothing, a run that cannot be predicted.
     """
-    chosen = law_named(law)
     check_settings(delta, restarts, polished, resamples, confidence)
-    held = held_values(chosen, hold or {}, free)
-    table = completed(table)
-    if where is not None:
-        table = rows_of(table, select(table, where, "where"))
-        if table.empty:
-            raise ValueError(f"where={where!r} leaves no rows.")
-    table = checked(table, chosen)
-    out = np.zeros(len(table), dtype=bool) if hold_out is None else select(table, hold_out, "hold_out")
-    if hold_out is not None and out.all():
-        raise ValueError(f"hold_out={hold_out!r} holds out all {len(table)} runs and leaves nothing to fit.")
-    if hold_out is not None and not out.any():
-        raise ValueError(f"hold_out={hold_out!r} holds out none of {len(table)} runs.")
-    stated = constraint(chosen, table)
-    train, losses = rows_of(table, ~out), np.asarray(table[LOSS], dtype=float)
-    problem = Problem(chosen, columns_of(train, chosen), losses[~out], held, objective, delta)
-    count = len(problem.free_names)
-    if len(train) <= count:
-        raise ValueError(
-            f"law={law!r} has {count} coefficients to fit ({', '.join(problem.free_names)}), and {len(train)} runs "
-            f"are too few: {count + 1} is the least. Hold some coefficients, or add runs."
-        )
+    ready = prepare(
+        *(law, table),
+        hold_out=hold_out,
+        where=where,
+        hold=hold or {},
+        free=free,
+        objective=objective,
+        delta=delta,
+    )
+    problem, table, out, chosen = ready.problem, ready.table, ready.held_out, ready.problem.law
+    for values in predict:
+        asked_run(chosen, values, known=table.columns, ranges=ready.ranges, max_extrapolation=max_extrapolation)
+    blocks = [name for name in chosen.blocks if name in table] if blocks is None else blocks
+    members = block_of(ready.fitted_table, blocks)
     generator = np.random.default_rng(seed)
     starts = problem.starts(restarts, polished, generator)
     best, agreement = best_of([problem.refine(start) for start in starts])
     missing = undetermined(problem, best)
     sides = on_bounds(problem, best)
-    blocks = [name for name in chosen.blocks if name in train] if blocks is None else blocks
-    drawn = bootstrap(problem, best, block_of(train, blocks), resamples, generator)
+    drawn = bootstrap(problem, best, members, resamples, generator)
     intervals = {
         name: percentiles([one[name] for one in drawn], confidence)
         for name in problem.free_names
@@ -197,25 +164,25 @@ def fit_law(
     said = statements(problem, best, missing=missing, sides=sides, agreement=agreement, polished=len(starts))
     for name in loose(problem, intervals):
         said.append(f"{name} is loosely determined: {confidence:.0%} interval {shown_interval(intervals[name])}.")
-    predicted = chosen.loss(best.coefficients, columns_of(table, chosen))
+    predicted, losses = chosen.loss(best.coefficients, columns_of(table, chosen)), np.asarray(table[LOSS], dtype=float)
     errors = errors_of(predicted[~out], losses[~out], delta)
     typical = float(np.median(np.abs(predicted[~out] - losses[~out])))
     said += chosen.warnings(problem.runs, problem.losses, typical)
-    if stated.violated:
-        said.append(f"the sweep's constraint is not held by this table: {'; '.join(stated.this_table)}.")
-    return Fit(
+    if ready.constraint.violated:
+        said.append(f"the sweep's constraint is not held by this table: {'; '.join(ready.constraint.this_table)}.")
+    fit = Fit(
         law=chosen,
         coefficients=best.coefficients,
-        held=held,
+        held=dict(problem.held),
         intervals=intervals,
         resamples=drawn,
         confidence=confidence,
         fitted=errors,
         held_out=errors_of(predicted[out], losses[out], delta) if out.any() else None,
-        constraint=stated,
+        constraint=ready.constraint,
         warnings=said,
         agreement=agreement,
-        ranges={name: (float(column.min()), float(column.max())) for name, column in problem.runs.items()},
+        ranges=ready.ranges,
         table=table.assign(predicted=predicted, is_held_out=out),
         settings={
             "hold_out": hold_out,
@@ -228,7 +195,10 @@ def fit_law(
             "resamples": resamples,
             "seed": seed,
         },
+        predictions=[],
     )
+    said_of = [fit.predict(values, max_extrapolation=max_extrapolation) for values in predict]
+    return dataclasses.replace(fit, predictions=said_of)
 
 
 def bootstrap(
@@ -249,34 +219,6 @@ def bootstrap(
         drawn = problem.take(rows)
         found.append(drawn.refine(drawn.vector(best.coefficients)).coefficients)
     return found
-
-
-def held_values(law: Law, hold: Mapping[str, float], free: Iterable[str]) -> dict[str, float]:
-    """Coefficient -> the value that it keeps.
-
-    Raises:
-        ValueError: for a name that the law lacks, a value outside of its bounds, or nothing left to fit.
-    """
-    free = set(free)
-    for name in (*hold, *free):
-        if name not in law.names:
-            raise ValueError(
-                f"law={law.name!r} has no coefficient {name!r}; it has: {', '.join(law.names)}."
-                f"{did_you_mean(name, law.names)}"
-            )
-    for name in hold:
-        if name in free:
-            raise ValueError(f"{name!r} is both held and freed.")
-    held = {one.name: one.held for one in law.exponents if one.held is not None and one.name not in free}
-    ranges = {one.name: (one.lower, one.upper) for one in law.exponents}
-    for name, value in hold.items():
-        low, high = ranges.get(name, (0.0, np.inf))
-        if not low <= value <= high or not np.isfinite(value):
-            raise ValueError(f"hold: {name}={value!r} must lie in {low:g}..{high:g}.")
-        held[name] = float(value)
-    if len(held) == len(law.names):
-        raise ValueError(f"all coefficients of law={law.name!r} are held: nothing is left to fit.")
-    return held
 
 
 def check_settings(delta: float, restarts: int, polished: int, resamples: int, confidence: float) -> None:
@@ -306,23 +248,6 @@ def errors_of(predicted: np.ndarray, losses: np.ndarray, delta: float) -> Errors
         huber=float(huber.mean()),
         r2=float(1.0 - (difference**2).sum() / variance) if variance > 0 else None,
     )
-
-
-def columns_of(table: pd.DataFrame, law: Law) -> dict[str, np.ndarray]:
-    """The columns that a law reads, as arrays."""
-    return {name: np.asarray(table[name], dtype=float) for name in law.columns}
-
-
-def rows_of(table: pd.DataFrame, chosen: np.ndarray) -> pd.DataFrame:
-    """The rows where `chosen` [n] is true, numbered anew."""
-    return table.iloc[np.flatnonzero(chosen)].reset_index(drop=True)
-
-
-def times(larger: float, smaller: float) -> float:
-    """How many times the one is the other; nothing is any number of times zero, but zero."""
-    if smaller == 0:
-        return 1.0 if larger == 0 else np.inf
-    return larger / smaller
 
 
 def percentiles(values: Sequence[float], confidence: float) -> tuple[float, float]:

@@ -15,7 +15,8 @@ from modeling_looped.conversion.manifest import versions
 from modeling_looped.reporting.costs import markdown_table
 from modeling_looped.reporting.pictures import new_axes
 
-from .fit import Errors, Fit, Prediction, shown_interval
+from .fit import Errors, Fit, shown_interval
+from .prediction import Prediction
 from .table import LOSS
 
 FIGURES, REPORT = "scaling_law.json", "scaling_law.md"
@@ -24,7 +25,6 @@ PACKAGES = ("numpy", "pandas", "scipy")
 
 def write_reports(
     fits: Sequence[Fit],
-    predictions: Sequence[Sequence[Prediction]],
     output: Path,
     *,
     command: str = "",
@@ -34,7 +34,6 @@ def write_reports(
 
     Args:
         fits: of one table.
-        predictions: of each fit, in the same order.
         output: folder.
         command: the command line, to be repeated.
         source: where the table came from.
@@ -48,16 +47,16 @@ def write_reports(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {**versions(), **{name: importlib.metadata.version(name) for name in PACKAGES}},
         "source": source or {},
-        "fits": [figures_of(fit, said) for fit, said in zip(fits, predictions, strict=True)],
+        "fits": [figures_of(fit) for fit in fits],
     }
     (output / FIGURES).write_text(json.dumps(figures, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     sections = ["# Scaling laws"]
     if len(fits) > 1:
         sections.append(comparison(fits))
-    for fit, said in zip(fits, predictions, strict=True):
+    for fit in fits:
         fit_picture(output / f"{fit.law.name}_fit.png", fit)
         residual_picture(output / f"{fit.law.name}_residuals.png", fit)
-        sections.append(section(fit, said))
+        sections.append(section(fit))
     if command:
         sections.append(f"Made by:\n\n```bash\n{command}\n```")
     path = output / REPORT
@@ -65,7 +64,7 @@ def write_reports(
     return path
 
 
-def figures_of(fit: Fit, predictions: Sequence[Prediction]) -> dict[str, Any]:
+def figures_of(fit: Fit) -> dict[str, Any]:
     """A fit as JSON holds it."""
     return {
         "law": fit.law.name,
@@ -86,12 +85,12 @@ def figures_of(fit: Fit, predictions: Sequence[Prediction]) -> dict[str, Any]:
         "agreement_of_starts": fit.agreement,
         "warnings": fit.warnings,
         "ranges": {name: list(ends) for name, ends in fit.ranges.items()},
-        "predictions": [one._asdict() for one in predictions],
+        "predictions": [one._asdict() for one in fit.predictions],
         "settings": fit.settings,
     }
 
 
-def section(fit: Fit, predictions: Sequence[Prediction]) -> str:
+def section(fit: Fit) -> str:
     """One law in Markdown."""
     law = fit.law
     meanings = {one.name: one.meaning for one in (*law.amplitudes, *law.exponents)}
@@ -116,9 +115,9 @@ def section(fit: Fit, predictions: Sequence[Prediction]) -> str:
     ]
     if fit.warnings:
         parts.append("**Not to be trusted without a look:**\n\n" + "\n".join(f"- {line}" for line in fit.warnings))
-    if predictions:
+    if fit.predictions:
         parts.append(
-            markdown_table(("for", "loss, nats", "interval", "outside of the fitted range"), shown(predictions))
+            markdown_table(("for", "loss, nats", "interval", "outside of the fitted range"), shown(fit.predictions))
         )
     parts.append(f"![fit]({law.name}_fit.png)\n\n![residuals]({law.name}_residuals.png)")
     return "\n\n".join(parts)

@@ -184,6 +184,11 @@ def values_of(text: str) -> dict[str, float]:
     return values
 
 
+def columns_of(table: pd.DataFrame, law: Law) -> dict[str, np.ndarray]:
+    """The columns that a law reads, as arrays [n]."""
+    return {name: np.asarray(table[name], dtype=float) for name in law.columns}
+
+
 def block_of(table: pd.DataFrame, columns: Sequence[str]) -> np.ndarray:
     """For each row [n], the number of its block: rows that agree in these columns.
 
@@ -203,4 +208,4 @@ def listed(table: pd.DataFrame) -> str:
     return ", ".join(map(str, table.columns))
 
 
-__all__ = ["LOSS", "block_of", "checked", "completed", "read_table", "select", "values_of"]
+__all__ = ["LOSS", "block_of", "checked", "columns_of", "completed", "read_table", "select", "values_of"]
