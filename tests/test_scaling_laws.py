@@ -152,6 +152,18 @@ def test_the_bootstrap_resamples_the_rows_of_a_trained_model_together():
     assert rows.settings["blocks"] == []
 
 
+def test_few_blocks_are_named_and_a_single_one_gives_no_intervals():
+    table = measured(CURVE, "test_time_exponential", ONE_CURVE, 1e-3).head(4)
+    fit = fit_law("test_time_exponential", table, restarts=8, polished=1, resamples=5)
+    assert any("4 blocks for 3 coefficients: intervals rest on few" in line for line in fit.warnings)
+    assert all(low < high for low, high in fit.intervals.values())
+    one = fit_law(
+        "test_time_exponential", table.assign(model=1), restarts=8, polished=1, resamples=5, blocks=["model"]
+    )
+    assert one.intervals == {}
+    assert any("1 blocks for 3 coefficients: there are no intervals" in line for line in one.warnings)
+
+
 def test_what_the_runs_do_not_determine_is_named_and_has_no_interval():
     table = measured(parcae_sweep(), "training", PARCAE_140M, 1e-3).query("trained_loops == 4")
     fit = fit_law(

@@ -155,13 +155,20 @@ def fit_law(
     best, agreement = best_of([problem.refine(start) for start in starts])
     missing = undetermined(problem, best)
     sides = on_bounds(problem, best)
-    drawn = bootstrap(problem, best, members, resamples, generator)
+    distinct = len(np.unique(members))
+    # one block drawn again and again would give intervals of no width
+    drawn = bootstrap(problem, best, members, resamples if distinct > 1 else 0, generator)
     intervals = {
         name: percentiles([one[name] for one in drawn], confidence)
         for name in problem.free_names
         if drawn and name not in missing
     }
     said = statements(problem, best, missing=missing, sides=sides, agreement=agreement, polished=len(starts))
+    if resamples and distinct < 2 * len(problem.free_names):
+        said.append(
+            f"the fitted runs make {distinct} blocks for {len(problem.free_names)} coefficients: "
+            + ("intervals rest on few." if distinct > 1 else "there are no intervals.")
+        )
     for name in loose(problem, intervals):
         said.append(f"{name} is loosely determined: {confidence:.0%} interval {shown_interval(intervals[name])}.")
     predicted, losses = chosen.loss(best.coefficients, columns_of(table, chosen)), np.asarray(table[LOSS], dtype=float)
@@ -206,7 +213,7 @@ def bootstrap(
 ) -> list[dict[str, float]]:
     """Coefficients of fits to blocks drawn with replacement, as many as there are.
 
-    A resample with fewer distinct runs than coefficients determines none, and is drawn again.
+    A resample with fewer distinct runs than coefficients does not determine them, and is drawn again.
     """
     members = [np.flatnonzero(blocks == block) for block in np.unique(blocks)]
     count = len(problem.free_names)
@@ -214,7 +221,7 @@ def bootstrap(
     for _ in range(resamples):
         while True:
             rows = np.concatenate([members[draw] for draw in generator.integers(len(members), size=len(members))])
-            if len(np.unique(rows)) > count or len(members) == 1:
+            if len(np.unique(rows)) >= count:
                 break
         drawn = problem.take(rows)
         found.append(drawn.refine(drawn.vector(best.coefficients)).coefficients)
