@@ -26,6 +26,8 @@ EXTRAS = {
     "conversion": ["accelerate>=1.15", "gguf>=0.19", "scipy>=1.17"],
     # Pictures of reports, and model cards.
     "report": ["Jinja2>=3.1", "matplotlib>=3.11"],
+    # `python -m modeling_looped scaling-law`.
+    "scaling": ["matplotlib>=3.11", "pandas>=3.1", "scipy>=1.17"],
     "train": [
         "accelerate>=1.15",
         "datasets>=5.2",

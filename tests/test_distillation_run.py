@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from teachers import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from modeling_looped.scaling.runs import gather
 from modeling_looped.training.data import PackedStream, Source, packed, packed_blocks
 from modeling_looped.training.recipe import parse_recipe
 
@@ -59,6 +60,14 @@ def test_a_run_leaves_the_healed_model_and_its_record(place, finished):
     start = AutoModelForCausalLM.from_pretrained(finished / "start")
     assert not torch.equal(healed.get_input_embeddings().weight, start.get_input_embeddings().weight)
     assert record["metrics"]["eval_valid_kl"] > 0
+
+
+def test_a_finished_run_is_a_row_of_a_scaling_table(finished):
+    record = json.loads((finished / "run.json").read_text())
+    (row,) = gather([finished]).to_dict("records")
+    assert (row["tokens"], row["loops"], row["trained_loops"]) == (1024.0, 2, 2.0)
+    assert row["loss"] == record["metrics"]["eval_valid_loss"]
+    assert 0 < row["recurrent_parameters"] < row["parameters"] < record["parameters"]["student"]
 
 
 def test_the_same_command_again_changes_nothing(place, finished):
