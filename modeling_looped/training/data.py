@@ -232,9 +232,10 @@ def token_bytes(text: str, ends: Sequence[int]) -> np.ndarray:
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that separates documents; raises ValueError if there is none."""
-    if tokenizer.eos_token_id is None:
+    token: Any = tokenizer.eos_token_id
+    if token is None:
         raise ValueError("the tokenizer has no eos_token, which separates documents in a block.")
-    return tokenizer.eos_token_id
+    return token
 
 
 def cut(documents: Iterable[np.ndarray], length: int, max_tokens: int | None) -> Iterator[np.ndarray]:

@@ -111,7 +111,7 @@ class MuonSchedule(TrainerCallback):
 class RecipeOptimizerMixin(Trainer):
     """Makes the optimiser and the schedule that a `RecipeArguments` describes."""
 
-    args: RecipeArguments
+    args: Any  # a `RecipeArguments`; those of what derives from this are of narrower types
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)

@@ -76,17 +76,18 @@ def pretrain(
     record["model"] = {**config.to_diff_dict(), "transformers_version": None}
     check_same_run(output, record, ("data", "tokenizer", "model"), resuming=checkpoint is not None)
 
+    fresh = fresh_model(config, args.seed)
     trainer = PretrainingTrainer(
-        fresh_model(config, args.seed),
+        fresh,
         args,
         train_dataset=train,
         eval_dataset=evaluations or None,
         data_collator=collate_packed,
         processing_class=tokenizer,
     )
-    if isinstance(trainer.model, LoopedPreTrainedModel):
+    if isinstance(fresh, LoopedPreTrainedModel):
         count_flops(trainer)
-    record["parameters"] = count(trainer.model.parameters())
+    record["parameters"] = count(fresh.parameters())
     report(f"   {record['parameters'] / 1e6:.2f} M parameters")
     progress = ProgressLines(report)
     for callback in (PrinterCallback, ProgressCallback):

@@ -131,7 +131,7 @@ class PretrainingTrainer(WholeCheckpointsMixin, RecipeOptimizerMixin, TokenMeans
     ) -> Any:
         """In training the model's own loss, in evaluation the cross-entropy per token."""
         if model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)  # pyright: ignore[reportArgumentType] (its annotation of the count is narrower than what it passes)
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         targets = next_tokens(inputs)
         sums = [cross_entropy_of_rows(model(**inputs, use_cache=False).logits, targets)]
