@@ -22,7 +22,7 @@ output is added in every loop.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,8 @@ def mark_output_projections(layer: nn.Module) -> None:
     """
     for name, module in layer.named_modules():
         if isinstance(module, nn.Linear) and name.rpartition(".")[-1] in OUTPUT_PROJECTIONS:
-            module.writes_residual = True
+            marked: Any = module
+            marked.writes_residual = True
 
 
 def init_weights(module: nn.Module, config: LoopedConfig) -> None:

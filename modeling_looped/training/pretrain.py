@@ -15,6 +15,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+from transformers.trainer_utils import IntervalStrategy
 
 from modeling_looped.accounting import count_flops
 from modeling_looped.modeling_looped import LoopedPreTrainedModel
@@ -65,6 +66,9 @@ def pretrain(
     draft = build_config(values)  # what is wrong with it shall be known before anything is read
     check_config(draft, run.max_length)
     check_eval_loops(draft, args)
+    if not run.eval_datasets and args.eval_strategy != IntervalStrategy.NO:
+        report(f"eval_strategy={args.eval_strategy.value!r} has no effect: there are no eval_datasets")
+        args.eval_strategy = IntervalStrategy.NO
     with args.main_process_first(local=False, desc="making the tokenizer"):
         tokenizer = tokenizer_of(run, args, values, draft, report)
     config = build_config(values, tokenizer)

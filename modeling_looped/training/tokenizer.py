@@ -65,6 +65,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, max_length: int) -> P
         pad_token=PADDING,
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"],  # no model of this kind takes token types
     )
 
 
