@@ -111,7 +111,7 @@ def test_the_folder_loads_alone_in_a_new_process(finished, tmp_path):
         env=environment,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
         check=False,
     )
     assert result.returncode == 0, result.stderr[-3000:]

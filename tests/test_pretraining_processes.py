@@ -15,7 +15,7 @@ from modeling_looped.__main__ import main
 pytest_plugins = ("pretraining_place",)
 
 ROOT = Path(__file__).parent.parent
-PATIENCE = 400
+PATIENCE = 900
 #: Without what is drawn in a forward, of which two processes make one and one process makes two.
 SETTINGS = [
     "--per_device_train_batch_size",

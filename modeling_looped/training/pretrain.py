@@ -66,8 +66,8 @@ def pretrain(
     draft = build_config(values)  # what is wrong with it shall be known before anything is read
     check_config(draft, run.max_length)
     check_eval_loops(draft, args)
-    if not run.eval_datasets and args.eval_strategy != IntervalStrategy.NO:
-        report(f"eval_strategy={args.eval_strategy.value!r} has no effect: there are no eval_datasets")
+    if not run.eval_datasets and IntervalStrategy(args.eval_strategy) != IntervalStrategy.NO:
+        report(f"eval_strategy={IntervalStrategy(args.eval_strategy).value!r} has no effect without eval_datasets")
         args.eval_strategy = IntervalStrategy.NO
     with args.main_process_first(local=False, desc="making the tokenizer"):
         tokenizer = tokenizer_of(run, args, values, draft, report)
