@@ -99,7 +99,7 @@ def test_evaluation_is_the_mean_over_all_tokens_at_every_loop_count(place, finis
 def test_the_folder_loads_alone_in_a_new_process(finished, tmp_path):
     program = (
         "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; f = sys.argv[1]; "
-        "m, t = M.from_pretrained(f, trust_remote_code=True), T.from_pretrained(f); "
+        "m, t = M.from_pretrained(f, trust_remote_code=True), T.from_pretrained(f, trust_remote_code=True); "
         "ids = t('the cat sat', return_tensors='pt'); "
         "print(m.generate(**ids, max_new_tokens=4, do_sample=False)[0].tolist())"
     )
