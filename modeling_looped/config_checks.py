@@ -14,6 +14,7 @@ from .injection import INJECTIONS
 from .norms import NORM_TYPES
 from .routing import Router
 from .state import STATE_INITS
+from .weight_init import OUTPUT_PROJECTION_INITS, WEIGHT_INITS
 
 if TYPE_CHECKING:
     from .configuration_looped import LoopedConfig
@@ -95,6 +96,8 @@ def check_choices(config: LoopedConfig) -> None:
         ("norm_placement", NORM_PLACEMENTS),
         ("final_norm", FINAL_NORM_PLACEMENTS),
         ("checkpoint_granularity", ("layer", "loop")),
+        ("weight_init", WEIGHT_INITS),
+        ("output_projection_init", OUTPUT_PROJECTION_INITS),
     ):
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name}={getattr(config, name)!r} must be one of: {', '.join(map(str, allowed))}.")

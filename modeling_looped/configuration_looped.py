@@ -266,6 +266,11 @@ class LoopedConfig(PreTrainedConfig):
         checkpoint_granularity (`str`, defaults to `"layer"`): what gradient checkpointing, once enabled, recomputes at
             a time: each `layer`, or each whole `loop` of the core (memory then hardly grows with the loop count).
         initializer_range (`float`, defaults to 0.02): standard deviation of the initialisation.
+        weight_init (`str`, defaults to `"normal"`): how linear maps and embeddings start: `normal`,
+            `truncated_normal` or `orthogonal` [weight_init.py].
+        output_projection_init (`str`, defaults to `"normal"`): how the maps start that write to the residual stream:
+            `normal` (as the others), `depth_scaled` (smaller by sqrt(2 N), with N layers in a forward) or `zeros`
+            [weight_init.py].
         sequence_pooling (`str`, defaults to `"last_token"`): what [`LoopedForSequenceClassification`] reads: the
             `last_token`, or the `first_token` through a dense layer with tanh (ALBERT, BERT).
         classifier_dropout (`float`, defaults to 0.1): dropout before the token-classification head.
@@ -355,6 +360,8 @@ class LoopedConfig(PreTrainedConfig):
     backprop_loops: int | None = None
     checkpoint_granularity: str = "layer"
     initializer_range: float = 0.02
+    weight_init: str = "normal"
+    output_projection_init: str = "normal"
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None

@@ -19,6 +19,7 @@ from .cross_attention import CrossAttention, EncoderStates
 from .loop_adapter import LoopAdapter, add_adapter, build_adapters
 from .norms import Norm, build_norm
 from .residual_streams import Mapping, join
+from .weight_init import mark_output_projections
 
 #: Keys and values that an invocation attended to, each [B, Hkv, S', K].
 KeyValue = tuple[Tensor, Tensor]
@@ -117,6 +118,7 @@ class LoopedDecoderLayer(GradientCheckpointingLayer):
         self.post_attention_layernorm = norm(has_post)
         self.pre_feedforward_layernorm = norm(has_pre)
         self.post_feedforward_layernorm = norm(has_post)
+        mark_output_projections(self)
 
     def forward(
         self,

@@ -66,6 +66,7 @@ from .slots import SlotLayout, Turn
 from .state import STATE_INITS
 from .unrolling import unroll
 from .value_embedding import VALUE_EMBEDDINGS
+from .weight_init import init_weights
 
 logger = logging.get_logger(__name__)
 
@@ -122,7 +123,7 @@ class LoopedPreTrainedModel(LoopedAccountingMixin, PreTrainedModel):
 
         | what | how | why |
         |---|---|---|
-        | linear and embedding weights | N(0, initializer_range) | Transformers' default |
+        | linear and embedding weights | N(0, initializer_range), or as weight_init.py says | Transformers' default |
         | biases | 0 | |
         | norms | 1 | |
         | strategies, loop adapters | their own `init_weights`, documented there | |
@@ -131,6 +132,8 @@ class LoopedPreTrainedModel(LoopedAccountingMixin, PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, SelfInitialised):
             module.init_weights()
+        else:
+            init_weights(module, self.config)
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         super()._set_gradient_checkpointing(enable, *args, **kwargs)

@@ -64,6 +64,11 @@ REFUSED = {
     "embedding_scale": ({"embedding_scale": float("nan")}, ["embedding_scale=nan", "finite"]),
     "logit_scale": ({"logit_scale": float("inf")}, ["logit_scale=inf", "finite"]),
     "initializer_range": ({"initializer_range": -0.02}, ["initializer_range=-0.02", "at least 0"]),
+    "weight_init": ({"weight_init": "xavier"}, ["weight_init='xavier'", "normal, truncated_normal, orthogonal"]),
+    "output_projection_init": (
+        {"output_projection_init": "zero"},
+        ["output_projection_init='zero'", "normal, depth_scaled, zeros"],
+    ),
     "rope_type": ({"rope_parameters": {"rope_type": "spiral"}}, ["rope_parameters=", "'spiral'", "yarn, longrope"]),
     "rope_per_type": ({"rope_parameters": {FULL: {"rope_type": "default"}}}, ["rope_parameters=", "all layers"]),
     "layer_types_length": ({"stored_layer_types": [FULL]}, ["stored_layer_types has 1 entries", "= 4"]),

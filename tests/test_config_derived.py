@@ -315,6 +315,8 @@ def test_every_field_round_trips_at_a_value_that_is_not_its_default(tmp_path):
         "backprop_loops": 2,
         "checkpoint_granularity": "loop",
         "initializer_range": 0.017,
+        "weight_init": "orthogonal",
+        "output_projection_init": "depth_scaled",
         "use_cache": False,
         "eos_token_id": [2, 3],
         "tie_word_embeddings": True,

@@ -94,7 +94,7 @@ def test_laws_and_commands_are_listed_and_unknown_commands_named(capsys):
     assert "scaling-law" in capsys.readouterr().out
     assert main([]) == 2
     assert main(["scaling-laws"]) == 2
-    assert "command='scaling-laws' is unknown. Did you mean 'scaling-law'?" in capsys.readouterr().err
+    assert "there is no command 'scaling-laws' (did you mean 'scaling-law'?)" in capsys.readouterr().err
 
 
 def test_tables_with_names_taken_or_without_rows_are_refused(tmp_path):

@@ -1,12 +1,14 @@
-"""Training helpers: distillation of a teacher into a student, looped or stacked.
+"""Training helpers: pretraining from random weights, and distillation of a teacher into a student, looped or stacked.
 
 Nothing here travels to the Hub, and the model files import nothing of it.
 """
 
+from .arguments import RecipeArguments
 from .config import DistillationConfig
 from .losses import DIVERGENCES, TopK, distillation_loss
 from .optimizer import MuonAdamW
 from .parameters import parameter_groups, select_trainable
+from .pretraining import PretrainingConfig, PretrainingTrainer
 from .trainer import DistillationTrainer
 
 __all__ = [
@@ -14,6 +16,9 @@ __all__ = [
     "DistillationConfig",
     "DistillationTrainer",
     "MuonAdamW",
+    "PretrainingConfig",
+    "PretrainingTrainer",
+    "RecipeArguments",
     "TopK",
     "distillation_loss",
     "parameter_groups",

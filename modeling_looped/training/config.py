@@ -1,24 +1,22 @@
-"""Arguments of distillation: `TrainingArguments`, and what a teacher adds to them."""
+"""Arguments of distillation: those of every training run, and what a teacher adds to them."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
 
-from transformers import TrainingArguments
-
+from .arguments import RecipeArguments, check_choice
 from .losses import DIVERGENCES
 from .parameters import TRAINABLE
 
 STAGES = ("logits", "hidden")
-OPTIM_RECIPES = ("adamw", "muon", "trainer")
 HIDDEN_LOSSES = ("normalized_mse", "cosine")
 GRANULARITIES = ("layer", "loop")
 
 
 @dataclass
-class DistillationConfig(TrainingArguments):
-    r"""Arguments of [`DistillationTrainer`]: those of `TrainingArguments`, and these.
+class DistillationConfig(RecipeArguments):
+    r"""Arguments of [`DistillationTrainer`]: those of [`RecipeArguments`], and these.
 
     Names are those of TRL's GKD and GOLD configs where they have one.
 
@@ -40,17 +38,11 @@ class DistillationConfig(TrainingArguments):
         layer_map: teacher boundary before each of the student's layer invocations and after the last one (boundary b
             lies before the teacher's layer b); `None`: worked out from how the student was made.
         trainable: `all`, `adapters`, `shared`, or a regular expression for names of parameters.
-        optim_recipe: `adamw` or `muon` (Muon for hidden matrices, AdamW for the rest), with groups that keep weight
-            decay off the loop system's own parameters; `trainer`: whatever `optim` says.
-        muon_learning_rate: of Muon's matrices; `None`: `learning_rate`.
-        muon_momentum: of Muon.
-        adapter_learning_rate: of loop adapters, bridges, gates and injection; `None`: `learning_rate`.
-        embedding_learning_rate: of token embeddings and head; `None`: `learning_rate`.
         disable_dropout: whether to set the student's dropouts to zero.
     """
 
     # `JSON` text on a command line, like the fields of this kind that TrainingArguments has
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
+    _VALID_DICT_FIELDS = [*RecipeArguments._VALID_DICT_FIELDS, "teacher_model_init_kwargs"]
 
     teacher_model_name_or_path: str | None = field(default=None, metadata={"help": "Folder or Hub id of the teacher."})
     teacher_model_revision: str | None = field(
@@ -83,17 +75,6 @@ class DistillationConfig(TrainingArguments):
         default=None, metadata={"help": "Teacher boundary before each invocation and after the last."}
     )
     trainable: str = field(default="all", metadata={"help": "`all`, `adapters`, `shared`, or a regular expression."})
-    optim_recipe: str = field(
-        default="adamw", metadata={"help": "`adamw`, `muon`, or `trainer`: whatever `optim` says."}
-    )
-    muon_learning_rate: float | None = field(default=None, metadata={"help": "Learning rate of Muon's matrices."})
-    muon_momentum: float = field(default=0.95, metadata={"help": "Momentum of Muon."})
-    adapter_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of loop adapters, bridges and gates."}
-    )
-    embedding_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of token embeddings and head."}
-    )
     disable_dropout: bool = field(default=True, metadata={"help": "Whether to set the student's dropouts to zero."})
     num_train_epochs: float = field(
         default=1.0, metadata={"help": "As in TrainingArguments, but one pass by default."}
@@ -109,10 +90,8 @@ class DistillationConfig(TrainingArguments):
             ("divergence", DIVERGENCES),
             ("hidden_loss", HIDDEN_LOSSES),
             ("hidden_granularity", GRANULARITIES),
-            ("optim_recipe", OPTIM_RECIPES),
         ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} must be one of: {', '.join(allowed)}.")
+            check_choice(self, name, allowed)
         if not 0.0 < self.beta < 1.0:
             raise ValueError(
                 f"beta={self.beta} must lie strictly between 0 and 1; at its ends are divergence='forward_kl' and "
@@ -126,10 +105,6 @@ class DistillationConfig(TrainingArguments):
             raise ValueError(f"loss_chunk_tokens={self.loss_chunk_tokens} must be at least 1.")
         if not self.hidden_weight >= 0.0:
             raise ValueError(f"hidden_weight={self.hidden_weight} must not be negative.")
-        for name in ("learning_rate", "muon_learning_rate", "adapter_learning_rate", "embedding_learning_rate"):
-            value = getattr(self, name)
-            if value is not None and not value >= 0.0:
-                raise ValueError(f"{name}={value} must not be negative.")
         if self.trainable not in TRAINABLE:
             try:
                 re.compile(self.trainable)

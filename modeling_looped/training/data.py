@@ -117,10 +117,13 @@ class PackedBlocks(Dataset):
 
     Args:
         blocks: token ids, int32 [n, S].
+        target_bytes: UTF-8 bytes of the text that the blocks' tokens stand for, without the first of each block, which
+            nothing predicts; `None`: they were not counted.
     """
 
-    def __init__(self, blocks: np.ndarray):
+    def __init__(self, blocks: np.ndarray, target_bytes: int | None = None):
         self.blocks = blocks
+        self.target_bytes = target_bytes
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -181,21 +184,77 @@ def packed(
     Raises:
         ValueError: if the tokenizer has no end-of-text token.
     """
-    if tokenizer.eos_token_id is None:
+    eos = end_of_text(tokenizer)
+    encoded = (
+        np.asarray([[*ids, eos]], dtype=np.int32)
+        for batch in batches(texts, BATCH)
+        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]
+    )
+    return (block[0] for block in cut(encoded, length, max_tokens))
+
+
+def packed_with_bytes(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: int | None = None
+) -> Iterator[np.ndarray]:
+    """As `packed`, and below each token the bytes of text that it stands for, int32 [2, length].
+
+    Raises:
+        ValueError: if the tokenizer has no end-of-text token.
+        NotImplementedError: if it is written in Python alone, and cannot say where its tokens end in the text.
+    """
+    eos = end_of_text(tokenizer)
+
+    def columns() -> Iterator[np.ndarray]:
+        for batch in batches(texts, BATCH):
+            encoded = tokenizer(batch, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+            for text, ids, spans in zip(batch, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+                yield np.asarray([[*ids, eos], [*token_bytes(text, [end for _, end in spans]), 0]], dtype=np.int32)
+
+    return cut(columns(), length, max_tokens)
+
+
+def token_bytes(text: str, ends: Sequence[int]) -> np.ndarray:
+    """UTF-8 bytes of `text` that each of its tokens stands for; they add up to the whole text.
+
+    Args:
+        text: a document.
+        ends: where each token ends, in characters. A token that is a part of a character gets it whole, or nothing.
+    """
+    if not len(ends):
+        return np.zeros(0, dtype=np.int64)
+    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+    widths = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
+    before = np.concatenate(([0], np.cumsum(widths)))
+    last = np.maximum.accumulate(np.asarray(ends))
+    last[-1] = len(text)  # what a tokenizer drops at the end
+    return np.diff(before[last], prepend=0)
+
+
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that separates documents; raises ValueError if there is none."""
+    token: Any = tokenizer.eos_token_id
+    if token is None:
         raise ValueError("the tokenizer has no eos_token, which separates documents in a block.")
-    blocks = 0
+    return token
+
+
+def cut(documents: Iterable[np.ndarray], length: int, max_tokens: int | None) -> Iterator[np.ndarray]:
+    """Documents [rows, tokens], one after the other, in blocks [rows, length], at most `max_tokens` tokens of them."""
     limit = None if max_tokens is None else max_tokens // length
-    left: list[int] = []
-    for batch in batches(texts, BATCH):
-        for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-            left += [*ids, tokenizer.eos_token_id]
-        whole = len(left) // length
-        for block in np.asarray(left[: whole * length], dtype=np.int32).reshape(whole, length):
+    blocks, waiting, tokens = 0, [], 0
+    for document in documents:
+        waiting.append(document)
+        tokens += document.shape[1]
+        if tokens < length:
+            continue
+        joined = np.concatenate(waiting, axis=1)
+        for start in range(0, tokens - length + 1, length):
             if blocks == limit:
                 return
             blocks += 1
-            yield block
-        left = left[whole * length :]
+            yield joined[:, start : start + length]
+        waiting = [joined[:, tokens - tokens % length :]]
+        tokens %= length
 
 
 def batches(items: Iterable[str], size: int) -> Iterator[list[str]]:
@@ -211,18 +270,32 @@ def batches(items: Iterable[str], size: int) -> Iterator[list[str]]:
 
 
 def packed_blocks(
-    source: Source, tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: int | None = None
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    max_tokens: int | None = None,
+    *,
+    count_bytes: bool = False,
 ) -> PackedBlocks:
     """All blocks of `source`, or the first `max_tokens` tokens of them.
+
+    Args:
+        source, tokenizer, length, max_tokens: as in `packed`.
+        count_bytes: whether to count the bytes of the text too, where the tokenizer can tell them.
 
     Raises:
         ValueError: if its text does not fill one block.
     """
-    blocks = list(packed(source.documents(), tokenizer, length, max_tokens))
+    counts = count_bytes and tokenizer.is_fast
+    pack = packed_with_bytes if counts else packed
+    blocks = list(pack(source.documents(), tokenizer, length, max_tokens))
     if not blocks:
         asked = "" if max_tokens is None else f" (of at most {max_tokens} tokens that were asked for)"
         raise ValueError(f"{source.path!r} does not fill one block of {length} tokens{asked}.")
-    return PackedBlocks(np.stack(blocks))
+    if not counts:
+        return PackedBlocks(np.stack(blocks))
+    ids, widths = np.stack(blocks, axis=1)
+    return PackedBlocks(np.ascontiguousarray(ids), int(widths[:, 1:].sum()))
 
 
 def collate_packed(rows: Sequence[dict[str, Any]]) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Muon for hidden matrices and AdamW for the rest, as one optimiser."""
+"""Muon for hidden matrices and AdamW for the rest, as one optimiser, and the trainer's part of it."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-#: torch's own options of each, taken where the caller gives none.
-MUON_OPTIONS = {"momentum": 0.95, "nesterov": True, "adjust_lr_fn": "match_rms_adamw"}
+from .arguments import RecipeArguments
+from .parameters import parameter_groups
+
+#: Where Muon's momentum starts when it warms up.
+FIRST_MOMENTUM = 0.85
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -18,13 +23,12 @@ class MuonAdamW(torch.optim.Optimizer):
     `algorithm` says who steps it. The two optimisers hold nothing of their own, so that loading a state dict, which
     replaces groups and state, needs nothing besides.
 
-    Muon's step is scaled to the root mean square of AdamW's (`match_rms_adamw`, arXiv 2502.16982), so that both can
-    use one learning rate.
-
     Args:
         groups: as `parameter_groups` makes them; `algorithm` is `muon` or `adamw`.
         betas, eps: of AdamW.
         momentum: of Muon.
+        learning_rate_scale: of Muon. `match_rms_adamw` scales its step to the root mean square of AdamW's (arXiv
+            2502.16982), so that both can use one learning rate; `original`: see `RecipeArguments`.
 
     Raises:
         ValueError: for an unknown `algorithm`, or a Muon group with a parameter that is not a matrix.
@@ -37,6 +41,7 @@ class MuonAdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         momentum: float = 0.95,
+        learning_rate_scale: str = "match_rms_adamw",
     ):
         unknown = sorted({str(group.get("algorithm")) for group in groups} - {"muon", "adamw"})
         if unknown:
@@ -44,7 +49,9 @@ class MuonAdamW(torch.optim.Optimizer):
         by_algorithm = {name: [g for g in groups if g["algorithm"] == name] for name in ("muon", "adamw")}
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         if by_algorithm["muon"]:
-            self._optimizers["muon"] = torch.optim.Muon(by_algorithm["muon"], **{**MUON_OPTIONS, "momentum": momentum})
+            self._optimizers["muon"] = torch.optim.Muon(
+                by_algorithm["muon"], momentum=momentum, nesterov=True, adjust_lr_fn=learning_rate_scale
+            )
         if by_algorithm["adamw"]:
             self._optimizers["adamw"] = torch.optim.AdamW(by_algorithm["adamw"], betas=betas, eps=eps, fused=True)
         # made by the two, the groups carry all of their options
@@ -65,4 +72,91 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
 
-__all__ = ["MuonAdamW"]
+class MuonSchedule(TrainerCallback):
+    r"""What changes of Muon's groups from step to step beside the rate, as a function of the step alone.
+
+    At step t of N (from 0) the weight decay is \lambda (1 - t / N) with `muon_weight_decay_schedule="linear"`, and the
+    momentum 0.85 + (\mu - 0.85) min(1, t / n) with n = `muon_momentum_warmup_steps` (the code of Parcae, arXiv
+    2604.12946).
+    """
+
+    def __init__(self, args: RecipeArguments):
+        self.args = args
+
+    @property
+    def weight_decay(self) -> float:
+        r"""\lambda, before it falls."""
+        args = self.args
+        return args.weight_decay if args.muon_weight_decay is None else args.muon_weight_decay
+
+    def on_step_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        changes: dict[str, float] = {}
+        if self.args.muon_weight_decay_schedule == "linear":
+            changes["weight_decay"] = self.weight_decay * max(0.0, 1.0 - state.global_step / max(1, state.max_steps))
+        if self.args.muon_momentum_warmup_steps:
+            risen = min(1.0, state.global_step / self.args.muon_momentum_warmup_steps)
+            changes["momentum"] = FIRST_MOMENTUM + (self.args.muon_momentum - FIRST_MOMENTUM) * risen
+        for group in optimizer.param_groups:
+            if group.get("algorithm") == "muon":
+                group.update(changes)
+
+
+class RecipeOptimizerMixin(Trainer):
+    """Makes the optimiser and the schedule that a `RecipeArguments` describes."""
+
+    args: Any  # a `RecipeArguments`; those of what derives from this are of narrower types
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        if self.args.optim_recipe != "muon":
+            return
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            raise ValueError(
+                "optim_recipe='muon' needs whole matrices, and DeepSpeed and FSDP give the optimiser pieces of them: "
+                "use optim_recipe='adamw'."
+            )
+        self.add_callback(MuonSchedule(self.args))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimiser of `args.optim_recipe`."""
+        args = self.args
+        if self.optimizer is None and args.optim_recipe != "trainer":
+            groups = parameter_groups(
+                model or self.model,  # pyright: ignore[reportArgumentType] (the base class allows for no model at all)
+                learning_rate=args.learning_rate,
+                weight_decay=args.weight_decay,
+                muon=args.optim_recipe == "muon",
+                muon_learning_rate=args.muon_learning_rate,
+                muon_weight_decay=args.muon_weight_decay,
+                adapter_learning_rate=args.adapter_learning_rate,
+                embedding_learning_rate=args.embedding_learning_rate,
+            )
+            betas = (args.adam_beta1, args.adam_beta2)
+            if args.optim_recipe == "muon":
+                self.optimizer = MuonAdamW(
+                    groups,
+                    betas=betas,
+                    eps=args.adam_epsilon,
+                    momentum=args.muon_momentum,
+                    learning_rate_scale=args.muon_learning_rate_scale,
+                )
+            else:
+                self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, fused=True)
+        return super().create_optimizer(model)
+
+    def create_scheduler(
+        self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        """As in `Trainer`; only here is it known of how many steps `args.cooldown_steps` may be a share."""
+        self.args.lr_scheduler_kwargs = self.args.scheduler_kwargs(num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+
+__all__ = ["MuonAdamW", "MuonSchedule", "RecipeOptimizerMixin"]

@@ -131,6 +131,7 @@ def parameter_groups(
     weight_decay: float,
     muon: bool,
     muon_learning_rate: float | None = None,
+    muon_weight_decay: float | None = None,
     adapter_learning_rate: float | None = None,
     embedding_learning_rate: float | None = None,
 ) -> list[dict[str, Any]]:
@@ -142,6 +143,7 @@ def parameter_groups(
         weight_decay: of what decays, see `decays`.
         muon: whether hidden matrices go to Muon instead of AdamW.
         muon_learning_rate: of those.
+        muon_weight_decay: of those; `None`: `weight_decay`.
         adapter_learning_rate: of low-rank factors and of the loop system's own parameters.
         embedding_learning_rate: of token embeddings and head.
 
@@ -162,14 +164,16 @@ def parameter_groups(
         if not parameter.value.requires_grad:
             continue
         own_rate = rates.get(parameter.role)
+        to_muon = muon and parameter.role == "matrix"
+        decay = muon_weight_decay if to_muon and muon_weight_decay is not None else weight_decay
         group = groups.setdefault(
             parameter.role,
             {
                 "name": parameter.role,
                 "params": [],
                 "lr": learning_rate if own_rate is None else own_rate,
-                "weight_decay": weight_decay if decays(parameter) else 0.0,
-                "algorithm": "muon" if muon and parameter.role == "matrix" else "adamw",
+                "weight_decay": decay if decays(parameter) else 0.0,
+                "algorithm": "muon" if to_muon else "adamw",
             },
         )
         group["params"].append(parameter.value)

@@ -1,4 +1,4 @@
-"""Recipes: everything that a distillation run depends on, as YAML, with any value overridden on a command line."""
+"""Recipes: everything that a training run depends on, as YAML, with any value overridden on a command line."""
 
 from __future__ import annotations
 
@@ -9,25 +9,19 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 
 from .config import DistillationConfig
 
 
 @dataclass
-class RunConfig:
-    """Student and data of a run; the teacher and how to train are in `DistillationConfig`.
+class DataConfig:
+    """Text of a run.
 
     Attributes:
-        student: folder or Hub id of the model that learns; or, as a mapping, how it is made from the teacher:
-            `{"program": "compress", "options": {"loops": 2, ...}}` with the options of `conversion/compress.py` or
-            `conversion/retrofit.py`.
-        student_gguf_file: GGUF file in the student's folder.
-        student_config: fields of the student's config to change, such as `{"num_loops": 4}`.
-        student_dtype: of the student's weights while they train.
         dataset_name: file, folder, or Hub id of the text to train on.
         dataset_config, dataset_split: of a Hub data set.
         dataset_text_field: column that holds the text.
@@ -37,19 +31,11 @@ class RunConfig:
         max_train_tokens: tokens to train on; `None`: all of them, once, unless `num_train_epochs` or `max_steps` says
             otherwise.
         max_eval_tokens: tokens of each evaluation set.
-        teacher_targets: folder for the teacher's distributions, computed once before training; `None`: the teacher
-            runs beside the student.
-        top_k: entries that are kept of each distribution.
     """
 
-    student: dict | str | None = field(
-        default=None, metadata={"help": "Folder or Hub id, or as JSON how it is made from the teacher."}
-    )
-    student_gguf_file: str | None = field(default=None, metadata={"help": "GGUF file in the student's folder."})
-    student_config: dict | str | None = field(
-        default=None, metadata={"help": "Fields of the student's config to change, as JSON."}
-    )
-    student_dtype: str = field(default="float32", metadata={"help": "Dtype of the student's weights."})
+    #: Fields that hold a mapping, which a command line gives as JSON.
+    MAPPINGS: ClassVar[tuple[str, ...]] = ("eval_datasets",)
+
     dataset_name: str | None = field(default=None, metadata={"help": "File, folder or Hub id of the training text."})
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
@@ -61,31 +47,71 @@ class RunConfig:
     max_length: int = field(default=512, metadata={"help": "Tokens in a block."})
     max_train_tokens: int | None = field(default=None, metadata={"help": "Tokens to train on."})
     max_eval_tokens: int = field(default=65536, metadata={"help": "Tokens of each evaluation set."})
+
+    def __post_init__(self):
+        for name in self.MAPPINGS:
+            value = getattr(self, name)
+            if isinstance(value, str) and value.lstrip().startswith("{"):
+                setattr(self, name, from_json(name, value))
+        if self.dataset_name is None:
+            raise ValueError("dataset_name is missing: a file, a folder or a Hub id of the text to train on.")
+        self.check_mapping("eval_datasets")
+        self.check_positive("max_length", "max_train_tokens", "max_eval_tokens")
+        if self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length} must be at least 2: one token has no next one.")
+
+    def check_mapping(self, name: str) -> None:
+        """Raise ValueError if the field `name` holds text that is no mapping."""
+        if isinstance(getattr(self, name), str):
+            raise ValueError(f"{name}={getattr(self, name)!r} must be a mapping (on a command line: JSON).")
+
+    def check_positive(self, *names: str) -> None:
+        """Raise ValueError unless the fields `names` are `None` or at least 1."""
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} must be at least 1.")
+
+
+@dataclass
+class RunConfig(DataConfig):
+    """Student and data of a distillation run; the teacher and how to train are in `DistillationConfig`.
+
+    Attributes:
+        student: folder or Hub id of the model that learns; or, as a mapping, how it is made from the teacher:
+            `{"program": "compress", "options": {"loops": 2, ...}}` with the options of `conversion/compress.py` or
+            `conversion/retrofit.py`.
+        student_gguf_file: GGUF file in the student's folder.
+        student_config: fields of the student's config to change, such as `{"num_loops": 4}`.
+        student_dtype: of the student's weights while they train.
+        teacher_targets: folder for the teacher's distributions, computed once before training; `None`: the teacher
+            runs beside the student.
+        top_k: entries that are kept of each distribution.
+    """
+
+    MAPPINGS: ClassVar[tuple[str, ...]] = ("student", "student_config", "eval_datasets")
+
+    student: dict | str | None = field(
+        default=None, metadata={"help": "Folder or Hub id, or as JSON how it is made from the teacher."}
+    )
+    student_gguf_file: str | None = field(default=None, metadata={"help": "GGUF file in the student's folder."})
+    student_config: dict | str | None = field(
+        default=None, metadata={"help": "Fields of the student's config to change, as JSON."}
+    )
+    student_dtype: str = field(default="float32", metadata={"help": "Dtype of the student's weights."})
     teacher_targets: str | None = field(
         default=None, metadata={"help": "Folder for the teacher's distributions, computed once."}
     )
     top_k: int = field(default=64, metadata={"help": "Entries that are kept of each distribution."})
 
     def __post_init__(self):
-        for name in ("student", "student_config", "eval_datasets"):
-            value = getattr(self, name)
-            if isinstance(value, str) and value.lstrip().startswith("{"):
-                setattr(self, name, from_json(name, value))
+        super().__post_init__()
         if self.student is None:
             raise ValueError("student is missing: a folder, a Hub id, or how it is made from the teacher.")
-        if self.dataset_name is None:
-            raise ValueError("dataset_name is missing: a file, a folder or a Hub id of the text to train on.")
         if isinstance(self.student, dict) and set(self.student) != {"program", "options"}:
             raise ValueError(f"student={self.student} must have the keys `program` and `options`.")
-        for name in ("student_config", "eval_datasets"):
-            if isinstance(getattr(self, name), str):
-                raise ValueError(f"{name}={getattr(self, name)!r} must be a mapping (on a command line: JSON).")
-        for name in ("max_length", "max_train_tokens", "max_eval_tokens", "top_k"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
-        if self.max_length < 2:
-            raise ValueError(f"max_length={self.max_length} must be at least 2: one token has no next one.")
+        self.check_mapping("student_config")
+        self.check_positive("top_k")
         if self.dataset_streaming and self.teacher_targets is not None:
             raise ValueError(
                 "teacher_targets belong to blocks that are known before training, and dataset_streaming=True makes "
@@ -101,10 +127,18 @@ def from_json(name: str, text: str) -> Any:
         raise ValueError(f"{name}={text!r} is not JSON: {error}.") from error
 
 
-def parse_recipe(arguments: Sequence[str]) -> tuple[RunConfig, DistillationConfig]:
-    """A recipe from a command line: `--recipe FILE` and any field of `RunConfig` and `DistillationConfig`.
+def parse_recipe(arguments: Sequence[str], configs: Any = (RunConfig, DistillationConfig), prog: str = "") -> Any:
+    """A recipe from a command line: `--recipe FILE` and any field of the dataclasses `configs`.
 
     A later value wins: those of the command line over those of the file.
+
+    Args:
+        arguments: the command line.
+        configs: dataclasses, of which one is a `TrainingArguments`; the default is a distillation run's.
+        prog: what `--help` calls the program.
+
+    Returns:
+        an instance of each of `configs`.
 
     Raises:
         ValueError: for a name that no field has, with the nearest that one has, and for values that make no sense.
@@ -112,8 +146,7 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[RunConfig, DistillationConfi
     head = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     head.add_argument("--recipe", type=Path, help="YAML file with the values of any options below")
     options, rest = head.parse_known_args(arguments)
-    configs: Any = (RunConfig, DistillationConfig)
-    parser: Any = HfArgumentParser(configs, parents=[head], allow_abbrev=False)
+    parser: Any = HfArgumentParser(configs, parents=[head], allow_abbrev=False, prog=prog or None)
     actions = {action.dest: action for action in parser._actions}
     given = read_recipe(options.recipe) if options.recipe else {}
     check_names(given, actions, str(options.recipe))
@@ -135,8 +168,7 @@ def parse_recipe(arguments: Sequence[str]) -> tuple[RunConfig, DistillationConfi
     merged.pop("recipe", None)
     if "output_dir" not in merged:
         raise ValueError("output_dir is missing: the folder for checkpoints and the result.")
-    run, args = parser.parse_dict(merged)
-    return run, args
+    return parser.parse_dict(merged)
 
 
 def read_recipe(path: Path) -> dict[str, Any]:
@@ -167,9 +199,9 @@ def check_names(names: Iterable[str], known: Iterable[str], place: str) -> None:
 
 def changed_values(config: Any) -> dict[str, Any]:
     """The fields of a dataclass whose values are not their defaults, as JSON can hold them."""
-    values = config.to_dict() if isinstance(config, DistillationConfig) else dataclasses.asdict(config)
+    values = config.to_dict() if isinstance(config, TrainingArguments) else dataclasses.asdict(config)
     plain = {entry.name: entry.default for entry in dataclasses.fields(config)}
     return {name: value for name, value in values.items() if name in plain and value != plain[name]}
 
 
-__all__ = ["RunConfig", "changed_values", "parse_recipe"]
+__all__ = ["DataConfig", "RunConfig", "changed_values", "parse_recipe"]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,24 +9,19 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback
 from transformers.modeling_utils import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 
-from modeling_looped.conversion.manifest import versions
 from modeling_looped.conversion.teacher import TeacherFiles, find_teacher
 
 from .config import DistillationConfig
-from .data import PackedBlocks, PackedStream, Source, collate_packed, packed_blocks
+from .data import PackedBlocks, PackedStream, collate_packed
 from .layer_map import map_of_folder
 from .parameters import count
 from .progress import ProgressLines
-from .recipe import RunConfig, changed_values, check_names
+from .recipe import RunConfig, check_names
+from .record import RECORD, check_same_run, finish, last_checkpoint, new_record, write_record
+from .run_data import run_data, training_source
 from .targets import TargetBlocks, compute_targets
 from .trainer import DistillationTrainer
-
-#: Record of a run in its folder.
-RECORD = "run.json"
-
-PACKAGES = ("accelerate", "datasets", "peft")
 
 
 def distill(
@@ -60,43 +52,14 @@ def distill(
     if not isinstance(run.student, str):
         raise ValueError(f"student={run.student} must be a folder or a Hub id here.")
     output = Path(str(args.output_dir))
-    evaluated: Any = run.eval_datasets or {}
     source = find_teacher(run.student, gguf_file=run.student_gguf_file, field="student")
     teacher_files = teacher_of(args)
     tokenizer = source.tokenizer()
-    with args.main_process_first(desc="reading the data"):
-        report(f"reading {run.dataset_name}")
-        train = training_data(run, args, tokenizer)
-        evaluations = {
-            name: packed_blocks(
-                Source.of(place, text_field=run.dataset_text_field), tokenizer, run.max_length, run.max_eval_tokens
-            )
-            for name, place in evaluated.items()
-        }
-    described = f"{train.num_tokens:,} tokens" if isinstance(train, PackedBlocks) else "a stream"
-    report(f"   {described} in blocks of {run.max_length}")
-    checkpoint = get_last_checkpoint(output) if output.is_dir() else None
-    record = {
-        "made_by": "modeling_looped.training.run",
-        "status": "running",
-        "command": command,
-        "recipe": {**changed_values(run), **changed_values(args)},
-        "versions": {**versions(), **{name: importlib.metadata.version(name) for name in PACKAGES}},
-        "device": str(args.device),
-        "processes": args.world_size,
-        "data": {
-            "name": run.dataset_name,
-            "fingerprint": train.fingerprint,
-            "tokens": train.num_tokens if isinstance(train, PackedBlocks) else None,
-            "max_length": run.max_length,
-        },
-        "evaluation_data": {
-            name: {"fingerprint": blocks.fingerprint, "tokens": blocks.num_tokens}
-            for name, blocks in evaluations.items()
-        },
-        "teacher": None if teacher_files is None else teacher_files.provenance(),
-    }
-    check_same_run(output, record, resuming=checkpoint is not None)
+    train, evaluations = run_data(run, args, tokenizer, report)
+    checkpoint = last_checkpoint(output)
+    record = new_record("modeling_looped.training.run", run, args, train, evaluations, command)
+    record["teacher"] = None if teacher_files is None else teacher_files.provenance()
+    check_same_run(output, record, ("data", "teacher"), resuming=checkpoint is not None)
 
     if run.teacher_targets is not None:
         with args.main_process_first(desc="computing the teacher's distributions"):
@@ -141,49 +104,10 @@ def distill(
     metrics = trainer.evaluate() if evaluations else {}
     trainer.save_model()
     trainer.save_state()
-    record |= {
-        "status": "finished",
-        "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "steps": trainer.state.global_step,
-        "tokens_seen": trainer.state.num_input_tokens_seen,
-        # of the last session; a resumed run has several
-        "tokens_per_second": progress.tokens_per_second,
-        "metrics": {**result.metrics, **metrics},
-    }
+    record = finish(record, trainer, {**result.metrics, **metrics}, progress.tokens_per_second)
     write_record(trainer, output, record)
     report(f"saved to {output}")
     return record
-
-
-def training_source(run: RunConfig, args: DistillationConfig) -> Source:
-    """Where the text to train on comes from, in the order of the run's seed."""
-    return Source(
-        str(run.dataset_name),
-        run.dataset_config,
-        run.dataset_split,
-        run.dataset_text_field,
-        run.dataset_streaming,
-        args.data_seed if args.data_seed is not None else args.seed,
-    )
-
-
-def training_data(run: RunConfig, args: DistillationConfig, tokenizer: Any) -> PackedBlocks | PackedStream:
-    """The blocks to train on; for a stream, the number of steps is set from the number of tokens.
-
-    Raises:
-        ValueError: for a stream without an end.
-    """
-    source = training_source(run, args)
-    if not run.dataset_streaming:
-        return packed_blocks(source, tokenizer, run.max_length, run.max_train_tokens)
-    if args.max_steps <= 0:
-        if run.max_train_tokens is None:
-            raise ValueError("dataset_streaming=True needs max_train_tokens or max_steps: a stream has no known end.")
-        per_step = run.max_length * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        args.max_steps = run.max_train_tokens // per_step
-        if args.max_steps < 1:
-            raise ValueError(f"max_train_tokens={run.max_train_tokens} is less than one step of {per_step} tokens.")
-    return PackedStream(source, tokenizer, run.max_length)
 
 
 def with_targets(
@@ -246,27 +170,4 @@ def teacher_of(args: DistillationConfig) -> TeacherFiles | None:
     )
 
 
-def check_same_run(output: Path, record: dict[str, Any], *, resuming: bool) -> None:
-    """Raise ValueError if `output` holds checkpoints of a run with other data or another teacher."""
-    path = output / RECORD
-    if not resuming:
-        return
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    for name in ("data", "teacher"):
-        if earlier.get(name) != json.loads(json.dumps(record[name])):
-            raise ValueError(
-                f"output_dir={str(output)!r} holds checkpoints of a run with another `{name}`: {earlier.get(name)} "
-                f"there, {record[name]} here. Choose another folder, or remove them."
-            )
-
-
-def write_record(trainer: DistillationTrainer, output: Path, record: dict[str, Any]) -> None:
-    """Write `run.json`, whole or not at all, from the process that leads."""
-    if trainer.is_world_process_zero():
-        output.mkdir(parents=True, exist_ok=True)
-        unfinished = output / f"{RECORD}.unfinished"
-        unfinished.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-        unfinished.replace(output / RECORD)
-
-
-__all__ = ["RECORD", "distill"]
+__all__ = ["RECORD", "distill", "training_source"]

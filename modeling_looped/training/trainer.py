@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
@@ -19,11 +18,12 @@ from modeling_looped.conversion.teacher import find_teacher
 
 from .checkpoints import WholeCheckpointsMixin
 from .config import DistillationConfig
+from .evaluation import TokenMeansMixin, next_tokens
 from .hidden_states import HiddenMatcher, HiddenStates
 from .layer_map import check_map, default_map
 from .losses import DistillationTerms, TopK, distillation_loss
-from .optimizer import MuonAdamW
-from .parameters import parameter_groups, select_trainable
+from .optimizer import RecipeOptimizerMixin
+from .parameters import select_trainable
 
 #: Columns of a data set that hold a teacher's distributions, computed before; see `TopK`.
 TARGET_COLUMNS = ("teacher_indices", "teacher_log_probs")
@@ -32,7 +32,7 @@ TARGET_COLUMNS = ("teacher_indices", "teacher_log_probs")
 LOGGED = ("divergence", "cross_entropy", "hidden_distance")
 
 
-class DistillationTrainer(WholeCheckpointsMixin):
+class DistillationTrainer(WholeCheckpointsMixin, RecipeOptimizerMixin, TokenMeansMixin):
     """Trains a student, looped or stacked, to match a teacher of the same vocabulary.
 
     The teacher stays in evaluation mode, in its own dtype, on the student's device, without gradients; it is no part
@@ -80,11 +80,6 @@ class DistillationTrainer(WholeCheckpointsMixin):
         if args.stage == "hidden" and args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = True  # the final norm and the head take no part
         super().__init__(model=model, args=args, **kwargs)
-        if args.optim_recipe == "muon" and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
-            raise ValueError(
-                "optim_recipe='muon' needs whole matrices, and DeepSpeed and FSDP give the optimiser pieces of them: "
-                "use optim_recipe='adamw'."
-            )
         # what the base class finds out from the student's own loss is settled here: ours counts shifted labels
         self.model_accepts_loss_kwargs = True
         self._loss_shifts_labels = True
@@ -95,7 +90,6 @@ class DistillationTrainer(WholeCheckpointsMixin):
         if args.compares_hidden_states:
             self.matcher, self.teacher_states = self._matcher()
         self._sums = torch.zeros(len(LOGGED) + 1, dtype=torch.float64, device=args.device)
-        self._evaluated: list[Tensor] = []
 
     def _matcher(self) -> tuple[HiddenMatcher, HiddenStates]:
         """What compares the student's states with the teacher's; raises ValueError where that makes no sense."""
@@ -125,36 +119,9 @@ class DistillationTrainer(WholeCheckpointsMixin):
         )
         return matcher, states
 
-    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        # without a mask there is no padding; the base class would say that it cannot know, in every step
-        masked = "attention_mask" in inputs
-        super()._track_num_input_tokens(
-            inputs if masked else {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
-        )
-
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         self._signature_columns = list(dict.fromkeys([*(self._signature_columns or ()), *TARGET_COLUMNS]))
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """The optimiser of `args.optim_recipe`."""
-        args = self.args
-        if self.optimizer is None and args.optim_recipe != "trainer":
-            groups = parameter_groups(
-                model or self.model,  # pyright: ignore[reportArgumentType] (the base class allows for no model at all)
-                learning_rate=args.learning_rate,
-                weight_decay=args.weight_decay,
-                muon=args.optim_recipe == "muon",
-                muon_learning_rate=args.muon_learning_rate,
-                adapter_learning_rate=args.adapter_learning_rate,
-                embedding_learning_rate=args.embedding_learning_rate,
-            )
-            betas = (args.adam_beta1, args.adam_beta2)
-            if args.optim_recipe == "muon":
-                self.optimizer = MuonAdamW(groups, betas=betas, eps=args.adam_epsilon, momentum=args.muon_momentum)
-            else:
-                self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=args.adam_epsilon, fused=True)
-        return super().create_optimizer(model)
 
     def compute_loss(
         self,
@@ -242,27 +209,10 @@ class DistillationTrainer(WholeCheckpointsMixin):
             **({} if evaluating else settings),
         )
 
-    def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`, with means over tokens: batches of unequal numbers of tokens count accordingly."""
-        self._evaluated = []
-        output = super().evaluation_loop(dataloader, description, *args, **kwargs)
-        if not self._evaluated:
-            return output
-        prefix = kwargs.get("metric_key_prefix", args[2] if len(args) > 2 else "eval")
-        entropy, kl, with_teacher, tokens = torch.cat(self._evaluated).sum(0).tolist()
-        self._evaluated = []
+    def token_metrics(self, sums: list[float], prefix: str, dataset: Any) -> dict[str, float]:
+        entropy, kl, with_teacher, tokens = sums
         metrics = {f"{prefix}_loss": entropy / max(tokens, 1), f"{prefix}_tokens": int(tokens)}
-        if with_teacher:
-            metrics[f"{prefix}_kl"] = kl / with_teacher
-        return output._replace(metrics={**(output.metrics or {}), **metrics})
-
-    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
-        """As in `Trainer`; what other processes evaluated is gathered, without the rows that fill up a last batch."""
-        result = super().prediction_step(*args, **kwargs)
-        if self._evaluated:
-            gathered: Any = self.accelerator.gather_for_metrics(self._evaluated[-1])
-            self._evaluated[-1] = gathered
-        return result
+        return {**metrics, f"{prefix}_kl": kl / with_teacher} if with_teacher else metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in `Trainer`; entries of training get the parts of the loss, each a mean over tokens."""
@@ -276,23 +226,6 @@ class DistillationTrainer(WholeCheckpointsMixin):
             logs = {**logs, **values}
             self._sums.zero_()
         super().log(logs, start_time)
-
-
-def next_tokens(inputs: dict[str, Any]) -> Tensor:
-    """The token after each position, -100 where none counts, [B, S]; takes the labels out of `inputs`.
-
-    Raises:
-        ValueError: if there are no labels.
-    """
-    labels, shifted = inputs.pop("labels", None), inputs.pop("shift_labels", None)
-    if shifted is not None:
-        return shifted
-    if labels is None:
-        raise ValueError(
-            f"the batch has no labels, only {', '.join(inputs)}: they say which tokens count. Use a collator that "
-            "makes them, such as DataCollatorForLanguageModeling(tokenizer, mlm=False)."
-        )
-    return F.pad(labels[:, 1:], (0, 1), value=-100)
 
 
 def known_distributions(inputs: dict[str, Any]) -> TopK | None:
