@@ -38,6 +38,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--length", type=int, default=512, metavar="S", help="of a window, in tokens (%(default)s)")
     add("--loops", required=True, type=int, metavar="T", help="loops 1..T are measured")
     add("--hold-out", required=True, nargs="+", type=int, metavar="T", help="loop counts that are not fitted")
+    add("--resamples", type=int, default=200, metavar="N", help="of the bootstrap (%(default)s)")
     add("--seed", type=int, default=0)
     add("--output", required=True, type=Path, metavar="FILE", help="JSON to write, and to go on from")
     return parser.parse_args(arguments)
@@ -118,7 +119,7 @@ def benchmark(options: argparse.Namespace, command: str) -> dict:
     losses = measure(options, key)
     table = pd.DataFrame({"loops": range(1, options.loops + 1)}).assign(loss=lambda rows: rows["loops"].map(losses))
     held = f"loops in [{', '.join(map(str, sorted(set(options.hold_out))))}]"
-    fit = fit_law("test_time_exponential", table, hold_out=held, seed=options.seed)
+    fit = fit_law("test_time_exponential", table, hold_out=held, resamples=options.resamples, seed=options.seed)
     error, peer = fit.held_out.rmse, persistence(fit)
     figures = {
         "command": command,

@@ -202,7 +202,8 @@ def test_another_run_in_the_same_folder_is_refused(other, message, place, finish
 
 def test_the_command_line_names_its_commands(capsys):
     assert command_line(["--help"]) == 0
-    assert all(name in capsys.readouterr().out for name in COMMANDS)
+    said = capsys.readouterr().out
+    assert all(name in said for name in COMMANDS)
     assert command_line([]) == 2
     assert command_line(["trian"]) == 2
     assert "there is no command 'trian' (did you mean 'train'?)" in capsys.readouterr().err

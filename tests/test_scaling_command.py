@@ -161,7 +161,7 @@ def test_the_test_time_curve_is_measured_fitted_and_gone_on_with(tmp_path, capsy
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     (tmp_path / "text.txt").write_text("the cat sat on the mat and then the other cat sat there too " * 4)
     arguments = ["--model", str(tmp_path / "model"), "--text", str(tmp_path / "text.txt"), "--length", "32"]
-    arguments += ["--hold-out", "5", "6", "--output", str(tmp_path / "curve.json")]
+    arguments += ["--hold-out", "5", "6", "--output", str(tmp_path / "curve.json"), "--resamples", "4"]
     assert curve.main([*arguments, "--loops", "6"]) == 0
     first = json.loads((tmp_path / "curve.json").read_text())
     assert list(first["losses"]) == ["1", "2", "3", "4", "5", "6"]
