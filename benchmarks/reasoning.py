@@ -76,6 +76,8 @@ def model_of(settings: Settings, task: Task) -> PreTrainedModel:
             num_attention_heads=4,
             num_coda_layers=0,
             injection=settings["injection"],
+            # as in the stack, embeddings start small beside what layers write: normalised, they hide it for long
+            prelude_norm=False,
             position_embedding="learned",
             max_position_embeddings=task.length,
             **parts,
