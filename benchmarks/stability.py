@@ -9,6 +9,7 @@ Poisson distribution, and gradients are clipped to norm 1; the rate is constant 
 
 - diverges if a loss is not finite, or the mean of its last WINDOW losses is more than --margin nats above the lowest
   mean of WINDOW losses before;
+- collapses if it ends with nothing learned: that mean is not below the entropy of single bytes, which counting gives;
 - spikes each time that its loss rises more than --spike nats above the median of the WINDOW losses before.
 
 Then each trained model reads held-out text with 1, 2, 4, ... 256 loops. `drift` is the most that the loss is above
@@ -101,7 +102,7 @@ def run(settings: Settings) -> Settings:
     norms = [step.gradient_norm for step in steps[WINDOW:]]
     counted = {name: settings[name] for name in ("margin", "spike")}
     return {
-        **verdict(losses, **counted),
+        **verdict(losses, entropy=entropy(text), **counted),
         "largest_gradient_norm": finite(max(norms, default=math.nan)),
         "median_gradient_norm": finite(statistics.median(norms)) if norms else None,
         "losses": [finite(round(loss, 4)) for loss in losses],
@@ -121,8 +122,14 @@ def batches_of(text: Tensor, settings: Settings) -> Callable[[int], tuple[Tensor
     return batch
 
 
-def verdict(losses: Sequence[float], *, margin: float, spike: float) -> dict[str, Any]:
-    """Whether a run diverged, how often it spiked, and its final loss, from the losses of its steps; see the top."""
+def entropy(text: Tensor) -> float:
+    """Nats per byte of a text, of which nothing is known but how often each byte occurs."""
+    shares = torch.bincount(text, minlength=BYTES).double() / len(text)
+    return torch.special.entr(shares).sum().item()
+
+
+def verdict(losses: Sequence[float], *, entropy: float, margin: float, spike: float) -> dict[str, Any]:
+    """Whether a run diverged or collapsed, how often it spiked, and its final loss, from the losses of its steps."""
     means = [statistics.fmean(losses[end - WINDOW : end]) for end in range(WINDOW, len(losses) + 1)]
     unfinished = not all(map(math.isfinite, losses))
     diverged = unfinished or (bool(means) and means[-1] > min(means) + margin)
@@ -133,6 +140,7 @@ def verdict(losses: Sequence[float], *, margin: float, spike: float) -> dict[str
     return {
         "diverged": diverged,
         "finite": not unfinished,
+        "collapsed": not unfinished and bool(means) and means[-1] >= entropy,
         "spikes": spikes,
         "final_loss": None if unfinished or not means else means[-1],
         "best_loss": finite(min(means)) if means else None,
@@ -145,14 +153,15 @@ def by_depth(model: LoopedForCausalLM, text: Tensor, settings: Settings) -> Sett
     model.eval()
     model.config.max_trained_loops = None  # that these are more loops than it was trained with is the point
     ids, targets = batches_of(text, {**settings, "batch": 16})(0)
-    loss, size = {}, {}
-    for depth in DEPTHS:
-        loss[depth] = finite(loss_of(model, ids, targets, num_loops=depth).item())
-    states = model(ids, num_loops=DEPTHS[-1], use_cache=False, output_loop_hidden_states=True).loop_hidden_states
-    for depth in DEPTHS:
-        size[depth] = finite(states[depth].square().mean().sqrt().item())
     trained, last = settings["loops"], DEPTHS[-1]
-    beyond = [loss[depth] for depth in DEPTHS if depth >= trained]
+    depths = sorted({*DEPTHS, trained})
+    loss, size = {}, {}
+    for depth in depths:
+        loss[depth] = finite(loss_of(model, ids, targets, num_loops=depth).item())
+    states = model(ids, num_loops=max(depths), use_cache=False, output_loop_hidden_states=True).loop_hidden_states
+    for depth in depths:
+        size[depth] = finite(states[depth].double().square().mean().sqrt().item())
+    beyond = [loss[depth] for depth in depths if depth >= trained]
     is_finite = None not in (*beyond, *size.values())
     return {
         "loss": loss,
@@ -179,6 +188,7 @@ def table(results: dict[str, Settings], jobs: dict[str, Settings]) -> str:
                 injection,
                 loops,
                 f"{sum(done['diverged'] for done in runs)} of {len(runs)}",
+                sum(done["collapsed"] for done in runs),
                 sum(done["spikes"] for done in runs),
                 sum(done["spikes"] > 0 for done in runs),
                 shown(min(losses, default=None)),
@@ -187,16 +197,17 @@ def table(results: dict[str, Settings], jobs: dict[str, Settings]) -> str:
                 shown(max((seen["growth"] for seen in inside), default=None), 1),
             )
         )
-    header = ["injection", "loops", "diverged", "spikes", "runs with spikes", "best final loss"]
+    header = ["injection", "loops", "diverged", "collapsed", "spikes", "runs with spikes", "best final loss"]
     header += ["finite at 256 loops", "largest drift", "largest growth"]
     each = []
     for name, job in jobs.items():
         done, seen = results[name], results[name]["inference"] or {"loss": {}}
-        mark = "diverged" if done["diverged"] else done["spikes"] or ""
+        failure = [name for name in ("diverged", "collapsed") if done[name]]
+        mark = " ".join([*failure, *([str(done["spikes"])] if done["spikes"] else [])])
         curve = [shown(seen["loss"].get(str(depth))) for depth in DEPTHS]
         setting = (job["injection"], job["loops"], f"{job['learning_rate']:g}")
         each.append((*setting, shown(done["final_loss"]), mark, *curve))
-    head = ["injection", "loops", "rate", "final loss", "spikes", *(f"at {depth}" for depth in DEPTHS)]
+    head = ["injection", "loops", "rate", "final loss", "failures and spikes", *(f"at {depth}" for depth in DEPTHS)]
     return "\n\n".join((markdown_table(header, counts), markdown_table(head, each)))
 
 

@@ -17,7 +17,7 @@ import reasoning
 import small_runs
 import stability
 
-LIMITS = {"margin": 0.3, "spike": 0.5}
+LIMITS = {"entropy": 3.4, "margin": 0.3, "spike": 0.5}
 
 
 def falling(steps: int = 200) -> list[float]:
@@ -30,6 +30,7 @@ def test_a_run_without_trouble_neither_diverges_nor_spikes():
     assert verdict == {
         "diverged": False,
         "finite": True,
+        "collapsed": False,
         "spikes": 0,
         "final_loss": pytest.approx(2.0, abs=0.05),
         "best_loss": verdict["final_loss"],
@@ -49,6 +50,13 @@ def test_a_run_that_ends_badly_diverged(end):
     assert stability.verdict([*falling(), *end], **LIMITS)["diverged"]
 
 
+def test_a_run_that_ends_where_counting_bytes_would_has_collapsed():
+    verdict = stability.verdict([3.41] * 100, **LIMITS)
+    assert (verdict["collapsed"], verdict["diverged"]) == (True, False)
+    text = torch.tensor([7, 9] * 50)
+    assert stability.entropy(text) == pytest.approx(math.log(2))
+
+
 def test_a_run_that_stops_before_the_first_window_has_a_verdict_too():
     verdict = stability.verdict([3.0, math.nan], **LIMITS)
     assert (verdict["diverged"], verdict["final_loss"], verdict["best_loss"]) == (True, None, None)
@@ -58,10 +66,10 @@ def test_the_stability_table_counts_what_its_runs_say():
     jobs = {f"{rate}": {"injection": "add", "loops": 4, "learning_rate": rate} for rate in (0.001, 0.1)}
     curve = {str(depth): 2.0 for depth in stability.DEPTHS}
     seen = {"loss": curve, "finite": True, "drift": 0.25, "growth": 60.0}
-    good = {"diverged": False, "spikes": 3, "final_loss": 2.0, "inference": seen}
-    bad = {"diverged": True, "spikes": 0, "final_loss": None, "inference": None}
+    good = {"diverged": False, "collapsed": False, "spikes": 3, "final_loss": 2.0, "inference": seen}
+    bad = {"diverged": True, "collapsed": False, "spikes": 0, "final_loss": None, "inference": None}
     table = stability.table(dict(zip(jobs, (good, bad), strict=True)), jobs)
-    assert "| add | 4 | 1 of 2 | 3 | 1 | 2.000 | 1 of 1 | 0.250 | 60.0 |" in table
+    assert "| add | 4 | 1 of 2 | 0 | 3 | 1 | 2.000 | 1 of 1 | 0.250 | 60.0 |" in table
     assert "| add | 4 | 0.1 | - | diverged |" in table
 
 

@@ -95,5 +95,5 @@ def test_bad_requests_are_refused():
     task = TASKS["addition"]
     with pytest.raises(ValueError, match="split='valid' must be one of: train, test"):
         task.problems("valid", 1, seed=0)
-    with pytest.raises(ValueError, match=r"hardest=10 must lie in 1\.\.9 for addition"):
-        task.problems("train", 1, seed=0, hardest=10)
+    with pytest.raises(ValueError, match=r"hardest=12 must lie in 1\.\.11 for addition"):
+        task.problems("train", 1, seed=0, hardest=12)
