@@ -20,6 +20,7 @@ where it was stopped, and reads what is finished.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import os
 import subprocess
@@ -153,14 +154,7 @@ def train(options: argparse.Namespace, job: Job, tokenizer: Path) -> Row:
     arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     if job.name == LOOPED:
         arguments += ["--eval_num_loops", "1", "2", "4", "8"]
-    record = output / "run.json"
-    if not record.exists() or json.loads(record.read_text(encoding="utf-8"))["status"] != "finished":
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-        program = [sys.executable, "-m", "modeling_looped", "train", *arguments]
-        done = subprocess.run(program, env=environment, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{output} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    found = json.loads(record.read_text(encoding="utf-8"))
+    found = finish(output, [sys.executable, "-m", "modeling_looped", "train", *arguments])
     parameters, flops = costs(fields, options.length)
     metrics = found["metrics"]
     loops = {name: value for name, value in metrics.items() if "_loops_" in name and name.endswith("_loss")}
@@ -175,6 +169,22 @@ def train(options: argparse.Namespace, job: Job, tokenizer: Path) -> Row:
     }
     print(f"{output.name}: {row['loss']:.4f} nats per token", file=sys.stderr)
     return row
+
+
+def finish(output: Path, program: list[str]) -> dict[str, Any]:
+    """The record of a run, which the program finishes unless it is finished."""
+    with Path(f"{output}.lock").open("w") as lock:
+        # The program holds the lock too: where this benchmark was killed and its program goes on, we wait for it.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        record = output / "run.json"
+        if not record.exists() or json.loads(record.read_text(encoding="utf-8"))["status"] != "finished":
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+            done = subprocess.run(
+                program, env=environment, pass_fds=[lock.fileno()], capture_output=True, text=True, check=False
+            )
+            if done.returncode != 0:
+                raise RuntimeError(f"{output} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        return json.loads(record.read_text(encoding="utf-8"))
 
 
 def main() -> None:

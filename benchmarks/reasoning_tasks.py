@@ -104,7 +104,7 @@ class Hops(Task):
 
     name = "hops"
 
-    def __init__(self, *, symbols: int = 4, sequence: int = 32, trained: int = 4, hardest: int = 4):
+    def __init__(self, *, symbols: int = 4, sequence: int = 32, trained: int = 3, hardest: int = 3):
         self.symbols, self.trained, self.hardest = symbols, trained, hardest
         self.vocab_size, self.length = symbols + hardest, sequence + 1
 

@@ -10,8 +10,10 @@ import datetime
 import json
 import math
 import multiprocessing
+import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -68,7 +70,7 @@ def run_all(
     waiting = [name for name in jobs if name not in results]
     print(f"{len(results)} of {len(jobs)} runs are done in {work}", file=sys.stderr)
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with ProcessPoolExecutor(workers, context, initializer=begin_worker) as pool:
         futures = {pool.submit(timed, run, jobs[name]): name for name in waiting}
         try:
             for future in as_completed(futures):
@@ -80,6 +82,19 @@ def run_all(
             pool.shutdown(cancel_futures=True)  # else what still waits would run before the error shows
             raise
     return {name: results[name] for name in jobs}
+
+
+def begin_worker() -> None:
+    """One thread; and the process ends with the benchmark, however that ends."""
+    torch.set_num_threads(1)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Wait for the parent's end."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def timed(run: Callable[[Settings], Settings], settings: Settings) -> Settings:

@@ -52,7 +52,7 @@ def parse() -> argparse.Namespace:
     add("--injections", nargs="+", default=list(INJECTIONS))
     add("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
     add("--loops", type=int, nargs="+", default=[4, 8])
-    add("--steps", type=int, default=800)
+    add("--steps", type=int, default=700)
     add("--width", type=int, default=64)
     add("--batch", type=int, default=8)
     add("--length", type=int, default=64, help="bytes that a model reads at a time (%(default)s)")
