@@ -147,7 +147,7 @@ class Addition(Task):
 
     name = "addition"
 
-    def __init__(self, *, digits: int = 10, trained: int = 5):
+    def __init__(self, *, digits: int = 8, trained: int = 5):
         self.digits, self.trained, self.hardest = digits, trained, digits + 1
         self.vocab_size, self.length = 13, 3 * digits + 3
 
