@@ -5,25 +5,11 @@ import torch
 from helpers import random_tokens, tiny_config, tiny_model
 
 from modeling_looped import LoopedForCausalLM
+from modeling_looped.reporting.measured_memory import measured_peak, saved_bytes
 from modeling_looped.reporting.memory import CHECKPOINTING, inference_memory, training_memory
 
 SIZES = {"hidden_size": 64, "intermediate_size": 192}
 BATCH, LENGTH = 4, 48
-
-
-def measured_peak(step) -> int:
-    """Largest number of bytes that CPU tensors made in `step` take at a time."""
-    step()  # what is made once
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak
-
-
 LORA = {"loop_adapter": {"type": "lora", "rank": 4}}
 
 
@@ -79,6 +65,26 @@ def test_activations_grow_with_the_loops_unless_they_are_recomputed(checkpointin
         for loops in (2, 8)
     )
     assert least < eight / two < most
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_what_a_graph_keeps_is_what_was_estimated(checkpointing):
+    """But for what no hook sees: what a checkpoint's closure holds, an eighth of so small a model's."""
+    model = tiny_model(**SIZES).train()
+    if checkpointing != "none":
+        model.config.checkpoint_granularity = checkpointing
+        model.activation_checkpointing_enable()
+    tokens = random_tokens(BATCH, LENGTH)
+
+    def forward():
+        return model(tokens, labels=tokens, num_loops=8, use_cache=False).loss
+
+    estimate = training_memory(
+        model, batch_size=BATCH, sequence_length=LENGTH, num_loops=8, checkpointing=checkpointing
+    )
+    assert saved_bytes(model, forward) == pytest.approx(
+        estimate.activations, rel=0.15 if checkpointing == "loop" else 0.05
+    )
 
 
 def test_truncated_backpropagation_keeps_activations_flat():

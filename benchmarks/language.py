@@ -1,0 +1,224 @@
+"""Language modelling from scratch: a looped model beside transformers of as many and of twice as many parameters.
+
+    python benchmarks/language.py --text TRAIN --eval VALID [--preset narrow] [--quick] \
+        [--output benchmarks/results/language.json]
+
+- `looped`: prelude, core x L, coda;
+- `equal`: a stock Llama of as many layers as the looped model stores;
+- `twice`: one of twice as many, which are as many as the looped model runs: the same FLOPs per token.
+
+All have the same width, tokenizer, batches and schedule, and with the same seed the same tokens in the same order. The
+rate of each is the best of --rates, with the first seed on --tuning-tokens. Every seed then trains all three on
+--tokens; and `equal` once more, on more tokens, until it has cost as much as the looped model. What looping gives is
+(L_equal - L_looped) / (L_equal - L_twice), of losses on held-out text: at the same tokens, and at the same training
+FLOPs.
+
+Every run is one of `python -m modeling_looped train`, in a folder of its own under --work: the same command goes on
+where it was stopped, and reads what is finished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from language_table import EQUAL, LOOPED, TWICE, Row, best_rates, shares, table
+from small_runs import add_run_options, described, write_json
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from modeling_looped.training.data import Source
+from modeling_looped.training.tokenizer import trained_tokenizer
+
+
+class Preset(NamedTuple):
+    """Sizes: `outer` layers in prelude and in coda, `core` layers that run `loops` times."""
+
+    width: int
+    intermediate: int
+    heads: int
+    outer: int
+    core: int
+    loops: int
+    vocabulary: int
+
+
+#: In layers, 1.2 M and 1.8 M parameters. Each runs twice as many layers as it stores.
+PRESETS = {
+    "narrow": Preset(width=128, intermediate=352, heads=4, outer=2, core=2, loops=4, vocabulary=2048),
+    "wide": Preset(width=192, intermediate=512, heads=6, outer=1, core=2, loops=3, vocabulary=4096),
+}
+
+
+class Job(NamedTuple):
+    """One run; `tokens` to train on."""
+
+    name: str
+    learning_rate: float
+    seed: int
+    tokens: int
+
+
+def parse() -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--text", type=Path, required=True, help="to train on")
+    add("--eval", type=Path, required=True, help="text that training never sees")
+    add("--preset", choices=PRESETS, default="narrow")
+    add("--tokens", type=int, default=2_000_000, help="to train on (%(default)s)")
+    add("--tuning-tokens", type=int, default=500_000, help="of the runs that choose the rates (%(default)s)")
+    add("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    add("--seeds", type=int, nargs="+", default=[0, 1])
+    add("--eval-tokens", type=int, default=65_536, help="of the text to evaluate on (%(default)s)")
+    add("--length", type=int, default=256, help="tokens of a block (%(default)s)")
+    add("--batch", type=int, default=8, help="blocks per step (%(default)s)")
+    add_run_options(parser, "build/language")
+    options = parser.parse_args()
+    if options.quick:
+        options.tokens, options.tuning_tokens, options.rates, options.seeds = 16_384, 8_192, [1e-3], [0]
+        options.length, options.eval_tokens = 64, 4_096
+        options.work /= "quick"
+    options.work = options.work / options.preset
+    return options
+
+
+def fields_of(name: str, preset: Preset, length: int) -> dict[str, Any]:
+    """The config of a contestant."""
+    shape = {
+        "vocab_size": preset.vocabulary,
+        "hidden_size": preset.width,
+        "intermediate_size": preset.intermediate,
+        "num_attention_heads": preset.heads,
+        "num_key_value_heads": preset.heads,
+        "max_position_embeddings": length,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+    }
+    stored = 2 * preset.outer + preset.core
+    if name == LOOPED:
+        outer = {"num_prelude_layers": preset.outer, "num_coda_layers": preset.outer}
+        return {**shape, "model_type": "looped", **outer, "num_core_layers": preset.core, "num_loops": preset.loops}
+    return {**shape, "model_type": "llama", "num_hidden_layers": stored if name == EQUAL else 2 * stored}
+
+
+def costs(fields: dict[str, Any], length: int) -> tuple[int, float]:
+    """Parameters, and FLOPs of training per token, as torch counts them on a real block."""
+    kind = CONFIG_MAPPING[fields["model_type"]]
+    config = kind(**{name: value for name, value in fields.items() if name != "model_type"})
+    model = AutoModelForCausalLM.from_config(config)
+    ids = torch.zeros(1, length, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids, use_cache=False).loss.backward()
+    return model.num_parameters(), counter.get_total_flops() / length
+
+
+def train(options: argparse.Namespace, job: Job, tokenizer: Path) -> Row:
+    """One run, or the rest of it, or what an earlier call finished; returns its row."""
+    preset = PRESETS[options.preset]
+    output = options.work / f"{job.name}-seed{job.seed}-lr{job.learning_rate:g}-{job.tokens}"
+    fields = fields_of(job.name, preset, options.length)
+    settings: dict[str, Any] = {
+        "model": json.dumps(fields),
+        "tokenizer_name_or_path": tokenizer,
+        "dataset_name": options.text,
+        "eval_datasets": json.dumps({"valid": str(options.eval)}),
+        "max_length": options.length,
+        "max_train_tokens": job.tokens,
+        "max_eval_tokens": options.eval_tokens,
+        "per_device_train_batch_size": options.batch,
+        "per_device_eval_batch_size": options.batch,
+        "learning_rate": job.learning_rate,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.05,
+        "weight_decay": 0.1,
+        "adam_beta2": 0.95,
+        "seed": job.seed,
+        "data_seed": job.seed,
+        "logging_steps": 20,
+        "save_steps": 100,
+        "save_total_limit": 1,
+        "eval_strategy": "no",
+        "report_to": "none",
+        "output_dir": output,
+    }
+    arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+    if job.name == LOOPED:
+        arguments += ["--eval_num_loops", "1", "2", "4", "8"]
+    found = finish(output, [sys.executable, "-m", "modeling_looped", "train", *arguments])
+    parameters, flops = costs(fields, options.length)
+    metrics = found["metrics"]
+    loops = {name: value for name, value in metrics.items() if "_loops_" in name and name.endswith("_loss")}
+    row = {
+        **job._asdict(),
+        "loss": metrics["eval_valid_loss"],
+        "parameters": parameters,
+        "tokens": found["tokens_seen"],
+        "flops": flops * found["tokens_seen"],
+        "tokens_per_second": found["tokens_per_second"],
+        **({"loss_by_loops": loops} if loops else {}),
+    }
+    print(f"{output.name}: {row['loss']:.4f} nats per token", file=sys.stderr)
+    return row
+
+
+def finish(output: Path, program: list[str]) -> dict[str, Any]:
+    """The record of a run, which the program finishes unless it is finished."""
+    with Path(f"{output}.lock").open("w") as lock:
+        # The program holds the lock too: where this benchmark was killed and its program goes on, we wait for it.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        record = output / "run.json"
+        if not record.exists() or json.loads(record.read_text(encoding="utf-8"))["status"] != "finished":
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+            done = subprocess.run(
+                program, env=environment, pass_fds=[lock.fileno()], capture_output=True, text=True, check=False
+            )
+            if done.returncode != 0:
+                raise RuntimeError(f"{output} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+        return json.loads(record.read_text(encoding="utf-8"))
+
+
+def main() -> None:
+    """Train all, then print the table."""
+    options = parse()
+    preset = PRESETS[options.preset]
+    tokenizer = options.work / "tokenizer"
+    trained_tokenizer(
+        tokenizer,
+        Source(str(options.text), seed=0),
+        vocab_size=preset.vocabulary,
+        max_length=options.length,
+        max_characters=20_000_000,
+    )
+
+    def run(jobs: list[Job]) -> list[Row]:
+        with ThreadPoolExecutor(options.workers) as pool:
+            return list(pool.map(lambda job: train(options, job, tokenizer), jobs))
+
+    names = (EQUAL, LOOPED, TWICE)
+    tuning = run([Job(n, rate, options.seeds[0], options.tuning_tokens) for n in names for rate in options.rates])
+    rates = best_rates(tuning)
+    same_tokens = run([Job(name, rates[name], seed, options.tokens) for seed in options.seeds for name in names])
+    per_token = {name: costs(fields_of(name, preset, options.length), options.length)[1] for name in names}
+    longer = round(options.tokens * per_token[LOOPED] / per_token[EQUAL])
+    as_dear = run([Job(EQUAL, rates[EQUAL], seed, longer) for seed in options.seeds])
+    # the same FLOPs per token as the looped model's, but for the injection and rounding: what it has run is the run
+    same_flops = as_dear + [row for row in same_tokens if row["name"] != EQUAL]
+    groups = {"same tokens": same_tokens, "same FLOPs": same_flops}
+    print(table(groups))
+    if options.output:
+        found = {name: {"share_of_gap": shares(rows), "runs": rows} for name, rows in groups.items()}
+        write_json(options.output, {**described(options), "preset": preset._asdict(), "tuning": tuning, **found})
+
+
+if __name__ == "__main__":
+    main()

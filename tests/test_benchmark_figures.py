@@ -1,0 +1,166 @@
+"""What the benchmarks make of their runs: verdicts, shares and tables, from runs written by hand."""
+
+import argparse
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import random_tokens, tiny_model
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import language_table
+import reasoning
+import small_runs
+import stability
+
+LIMITS = {"entropy": 3.4, "margin": 0.3, "spike": 0.5}
+
+
+def falling(steps: int = 200) -> list[float]:
+    """The losses of a run without trouble."""
+    return [2.0 + 2.0 * math.exp(-step / 40) for step in range(steps)]
+
+
+def test_a_run_without_trouble_neither_diverges_nor_spikes():
+    verdict = stability.verdict(falling(), **LIMITS)
+    assert verdict == {
+        "diverged": False,
+        "finite": True,
+        "collapsed": False,
+        "spikes": 0,
+        "final_loss": pytest.approx(2.0, abs=0.05),
+        "best_loss": verdict["final_loss"],
+    }
+
+
+def test_a_spike_is_counted_once_however_long_it_lasts():
+    losses = falling()
+    losses[100:103] = [3.5, 4.0, 3.5]
+    losses[150] = 3.0
+    verdict = stability.verdict(losses, **LIMITS)
+    assert (verdict["spikes"], verdict["diverged"]) == (2, False)
+
+
+@pytest.mark.parametrize("end", [[math.nan], [math.inf], [2.5] * stability.WINDOW])
+def test_a_run_that_ends_badly_diverged(end):
+    assert stability.verdict([*falling(), *end], **LIMITS)["diverged"]
+
+
+def test_a_run_that_ends_where_counting_bytes_would_has_collapsed():
+    verdict = stability.verdict([3.41] * 100, **LIMITS)
+    assert (verdict["collapsed"], verdict["diverged"]) == (True, False)
+    text = torch.tensor([7, 9] * 50)
+    assert stability.entropy(text) == pytest.approx(math.log(2))
+
+
+def test_a_run_that_stops_before_the_first_window_has_a_verdict_too():
+    verdict = stability.verdict([3.0, math.nan], **LIMITS)
+    assert (verdict["diverged"], verdict["final_loss"], verdict["best_loss"]) == (True, None, None)
+
+
+def test_the_stability_table_counts_what_its_runs_say():
+    jobs = {f"{rate}": {"injection": "add", "loops": 4, "learning_rate": rate} for rate in (0.001, 0.1)}
+    curve = {str(depth): 2.0 for depth in stability.DEPTHS}
+    seen = {"loss": curve, "finite": True, "drift": 0.25, "growth": 60.0}
+    good = {"diverged": False, "collapsed": False, "spikes": 3, "final_loss": 2.0, "inference": seen}
+    bad = {"diverged": True, "collapsed": False, "spikes": 0, "final_loss": None, "inference": None}
+    table = stability.table(dict(zip(jobs, (good, bad), strict=True)), jobs)
+    assert "| add | 4 | 1 of 2 | 0 | 3 | 1 | 2.000 | 1 of 1 | 0.250 | 60.0 |" in table
+    assert "| add | 4 | 0.1 | - | diverged |" in table
+
+
+def answered(shares: dict[int, float]) -> dict:
+    """What a contestant answered, by hardness."""
+    return {"exact": min(shares.values()), "by_hardness": {str(hardness): share for hardness, share in shares.items()}}
+
+
+def test_the_reasoning_tables_have_the_share_of_the_gap_and_the_harder_problems():
+    shares = {"once": 0.2, "looped": 0.8, "stacked": 1.0}
+    jobs = {kind: {"task": "composition", "contestant": kind} for kind in shares}
+    harder = {"4": answered({4: 0.5, 5: 0.4, 8: 0.2, 9: 0.1, 12: 0.1})}
+    results = {
+        kind: {
+            "trained": answered({1: 1.0, 4: share}),
+            "by_loops": {"trained": {"4": None}, "harder": harder if kind == "looped" else {}},
+        }
+        for kind, share in shares.items()
+    }
+    text = reasoning.tables(results, jobs)
+    assert "| composition, 4 steps | 0.20 (0.20) | 0.80 (0.80) | 1.00 (1.00) | 75% |" in text
+    assert "| composition, 4 | looped | 0.50 |" in text
+    assert "| composition, 5 to 8 | looped | 0.30 |" in text
+    assert "| composition, 9 to 12 | looped | 0.10 |" in text
+
+
+@pytest.mark.parametrize("kind", reasoning.CONTESTANTS)
+def test_every_contestant_of_the_reasoning_benchmark_runs_as_many_layers_as_it_should(kind):
+    settings = {"seed": 0, "contestant": kind, "layers": 1, "loops": 4, "width": 16, "injection": "diagonal"}
+    model = reasoning.model_of(settings, reasoning.TASKS["hops"])
+    assert model.config.num_hidden_layers == (1 if kind == "once" else 4)
+    assert len(model.model.layers) == (4 if kind == "stacked" else 1)
+
+
+def row(name: str, loss: float, seed: int = 0, rate: float = 1e-3) -> dict:
+    """A run of the language benchmark."""
+    return {
+        "name": name,
+        "loss": loss,
+        "seed": seed,
+        "learning_rate": rate,
+        "parameters": 10**6,
+        "tokens": 10**6,
+        "flops": 1e12,
+    }
+
+
+def test_the_share_of_the_gap_is_taken_seed_by_seed_and_from_the_best_rates():
+    rows = [row("equal", 4.0), row("looped", 3.7), row("twice", 3.5), row("equal", 3.9, seed=1)]
+    assert language_table.shares(rows) == {0: pytest.approx(0.6)}
+    rows += [row("looped", 3.9, seed=1), row("twice", 3.95, seed=1)]
+    assert language_table.shares(rows)[1] is None  # where twice the parameters bring nothing there is no share
+    text = language_table.table({"same tokens": rows})
+    assert "| same tokens | looped | 1.00 | 1.00 | 1.0 | 0.001 | 2 | 3.8000 [3.7000, 3.9000] | 60% |" in text
+    tuned = [
+        row("looped", 3.7, rate=1e-3),
+        row("looped", 3.6, rate=2e-3),
+        row("equal", 4.0),
+        row("equal", 4.1, rate=2),
+    ]
+    assert language_table.best_rates(tuned) == {"looped": 2e-3, "equal": 1e-3}
+
+
+def double(settings: dict) -> dict:
+    """A run that does next to nothing; a module's function, for other processes to find."""
+    return {"doubled": 2 * settings["number"]}
+
+
+def test_finished_runs_are_read_and_not_run_again(tmp_path):
+    jobs = {"one": {"number": 1}}
+    small_runs.write_json(tmp_path / "one.json", {"settings": {"number": 1}, "result": {"doubled": "read"}})
+    assert small_runs.run_all(double, jobs, tmp_path, workers=1) == {"one": {"doubled": "read"}}
+    with pytest.raises(ValueError, match="other settings"):
+        small_runs.run_all(double, {"one": {"number": 3}}, tmp_path, workers=1)
+
+
+def test_training_steps_lower_the_loss_and_stop_at_one_that_is_not_finite():
+    torch.manual_seed(0)
+    model, ids = tiny_model(), random_tokens(2, 7)
+    losses = [s.loss for s in small_runs.training_steps(model, lambda step: (ids, ids), steps=8, learning_rate=1e-2)]
+    assert len(losses) == 8
+    assert losses[-1] < losses[0] - 0.5
+    with torch.no_grad():
+        model.lm_head.weight[0] = math.nan
+    assert len(list(small_runs.training_steps(model, lambda step: (ids, ids), steps=8, learning_rate=1e-2))) == 1
+
+
+def test_files_of_figures_are_json_that_everybody_reads(tmp_path):
+    assert small_runs.finite(math.nan) is None
+    with pytest.raises(ValueError, match="JSON"):
+        small_runs.write_json(tmp_path / "x.json", {"loss": math.nan})
+    options = argparse.Namespace(workers=2, quick=True)
+    small_runs.write_json(tmp_path / "x.json", small_runs.described(options))
+    assert json.loads((tmp_path / "x.json").read_text())["quick"] is True
