@@ -242,13 +242,14 @@ def test_a_saturated_gate_leaves_the_gradient_finite():
 
 def test_the_gate_learns_to_stop_where_loops_do_not_help():
     """With a core that changes nothing no loop improves on the one before, so the wanted probability is to stop."""
-    model = trained(halting="gate", loop_loss="exit_gate", loop_update={"type": "gated", "initial_gate": 1e-6})
+    loss = {"type": "exit_gate", "threshold": 0.1}  # wanted: to go on with sigmoid(-5)
+    model = trained(halting="gate", loop_loss=loss, loop_update="gated")
     with torch.no_grad():
         model.model.loop_update.gate.fill_(-40.0)
         model.model.halting.bias.fill_(-2.0)
     tokens, optimiser = random_tokens(2, 9), torch.optim.Adam(model.model.halting.parameters(), lr=0.3)
     assert model(tokens).exit_probabilities[..., 0].max() < 0.6
-    for _ in range(10):
+    for _ in range(20):
         optimiser.zero_grad()
         model(tokens, labels=tokens).loss.backward()
         optimiser.step()

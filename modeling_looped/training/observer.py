@@ -81,7 +81,8 @@ def token_norms(state: Tensor) -> Tensor:
 def is_compiled_whole(args: TrainingArguments, model: nn.Module) -> bool:
     """Whether `torch.compile` traces the whole model, where a hook that comes later is not seen."""
     return bool(
-        args.torch_compile or any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+        args.torch_compile
+        or any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
     )
 
 

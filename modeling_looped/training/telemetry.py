@@ -25,24 +25,29 @@ logger = logging.get_logger(__name__)
 class LoopTelemetryCallback(TrainerCallback):
     r"""Adds to a `Trainer`'s logs what the loop does, in every `every_n_steps`-th step (all micro-batches of it):
 
-    | key | what |
-    |---|---|
-    | `loop/spectral_radius` | that of A in the injection x = A s + B e, before the step's update: exact for `diagonal`, 1 for `add` and `none`, from above and within about 1 % for `concat`; absent with nested loops, which have two states |
-    | `loop/state_norm_<t>` | L2 norm of a token's state after loop t, mean over tokens |
-    | `loop/state_change_<t>` | \|s_t - s_{t-1}\| / \|s_t\|, mean over tokens: the quantity of the halting rule `state_change` |
-    | `loop/gradient_norm_<t>` | L2 norm of the gradient of the step's loss, as this process backpropagates it, with respect to the states after loop t, of all tokens together; absent for loops that keep no graph |
-    | `loop/depth_mean`, `_min`, `_max` | loops of the rows or tokens since the last log entry: of every step where `config.depth_sampling` draws them, else of the steps that are sampled |
-    | `loop/tokens_per_second` | tokens of all processes per second since the last log entry, data, evaluation and saving included: exact with `include_num_input_tokens_seen`, else padding included and as if all steps had as many as the sampled ones |
+    - `loop/spectral_radius`: that of A in the injection x = A s + B e, before the step's update: exact for `diagonal`,
+      1 for `add` and `none`, from above and within about 1 % for `concat`; absent with nested loops, which have two
+      states.
+    - `loop/state_norm_<t>`: L2 norm of a token's state after loop t, mean over tokens.
+    - `loop/state_change_<t>`: \|s_t - s_{t-1}\| / \|s_t\|, mean over tokens, which
+      the halting rule `state_change` reads.
+    - `loop/gradient_norm_<t>`: L2 norm of the gradient of the step's loss, as this process backpropagates it, with
+      respect to the states after loop t, of all tokens together; absent for loops that keep no graph.
+    - `loop/depth_mean`, `_min`, `_max`: loops of the rows or tokens since the last log entry, of every step where
+      `config.depth_sampling` draws them, else of the sampled steps.
+    - `loop/tokens_per_second`: tokens of all processes per second since the last log entry, data, evaluation and
+      saving included. Exact with `include_num_input_tokens_seen`; else padding is included, and all steps are taken to
+      have as many as the sampled ones.
 
     A value is the mean over the steps that were sampled since the last log entry, on the process that logs. Tokens of
     padding count. Groups of layers that loop one after the other (`core_group_size`) have keys of their own
     (`loop/state_norm_group_2_<t>`), as have the encoder and decoder of an `EncoderDecoderModel`.
 
-    Training is not changed: the callback only reads, and keeps scalars, never a graph. A step that is not sampled costs
-    nothing (with `depth_sampling`, one note of the depth per forward). A sampled one costs two norms of every state and
-    one of its gradient per loop; with `concat` 12 products of [D, D] matrices. Where the whole model is compiled,
-    sampled steps run without the compiled graphs (`torch.compiler.set_stance("force_eager")`), since those cannot see
-    hooks that come and go: they are slower and equal up to rounding, and nothing is compiled anew.
+    Training is not changed: the callback only reads, and keeps scalars, never a graph. A step that is not sampled
+    costs nothing (with `depth_sampling`, one note of the depth per forward). A sampled one costs two norms of every
+    state and one of its gradient per loop; with `concat` 12 products of [D, D] matrices. Where the whole model is
+    compiled, sampled steps run without the compiled graphs (`torch.compiler.set_stance("force_eager")`), since those
+    cannot see hooks that come and go: they are slower and equal up to rounding, and nothing is compiled anew.
 
     Reporters (TensorBoard, Trackio, ...) run before the callbacks that a `Trainer` is given, so that what those add to
     the logs comes too late for them. `attach` puts this one in front:
@@ -103,8 +108,9 @@ class LoopTelemetryCallback(TrainerCallback):
             )
         if not self._is_first and args.report_to:
             logger.warning(
-                f"{', '.join(args.report_to)} will not see the values of LoopTelemetryCallback, which comes after "
-                "them: use LoopTelemetryCallback(...).attach(trainer) in place of callbacks=[...]."
+                "%s will not see the values of LoopTelemetryCallback, which comes after them: use "
+                "LoopTelemetryCallback(...).attach(trainer) in place of callbacks=[...].",
+                ", ".join(args.report_to),
             )
         self._stop()
         self._models = looped_models(model)
@@ -131,7 +137,12 @@ class LoopTelemetryCallback(TrainerCallback):
         self._hooks = [watch_loops(name, base, self._see) for name, base in self._models.items()]
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Any = None,
+        **kwargs: Any,
     ) -> None:
         if not self._hooks:
             return
@@ -180,9 +191,8 @@ class LoopTelemetryCallback(TrainerCallback):
         batch, length = step.state.shape[:2]
         if place.group == 0 and place.loop == 1:
             self._tokens += batch * length
-            self._loops.append((0, batch * length))
-        if place.group == 0:
-            self._loops[-1] = (place.loop, self._loops[-1][1])
+            self._loops.append(0)
+        self._loops[-1] = place.loop
         if step.state.requires_grad:
             step.state.register_hook(self._reader_of_gradient(place.key(self.prefix, "gradient_norm")))
 
@@ -204,7 +214,7 @@ class LoopTelemetryCallback(TrainerCallback):
 
     def _depths(self) -> dict[str, float]:
         """Loops since the last log entry: those drawn, or those that the sampled steps ran."""
-        rows = self._draws or [torch.full((3,), float(loops)) for loops, _ in self._loops]
+        rows = self._draws or [torch.full((3,), float(loops)) for loops in self._loops]
         if not rows:
             return {}
         table = torch.stack([row.cpu() for row in rows])
@@ -229,7 +239,7 @@ class LoopTelemetryCallback(TrainerCallback):
         """Start anew after a log entry."""
         self._values: defaultdict[str, list[Tensor]] = defaultdict(list)
         self._draws: list[Tensor] = []
-        self._loops: list[tuple[int, int]] = []
+        self._loops: list[int] = []
         self._sampled_tokens: list[int] = []
         self._step_before, self._seen_before = step, tokens_seen
         self._began = time.perf_counter()
