@@ -267,14 +267,6 @@ def test_a_masked_language_model_reads_labels_in_their_place():
     torch.testing.assert_close(loss, sum(expected) / 3)
 
 
-def test_a_training_forward_is_still_one_graph():
-    torch._dynamo.reset()
-    model, tokens = trained(num_loops=2, num_prelude_layers=0, num_coda_layers=0, **DEEP), random_tokens()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(tokens, labels=tokens).loss, model(tokens, labels=tokens).loss)
-    torch._dynamo.reset()
-
-
 REFUSED = {
     "act": ({**DEEP, "halting": "act"}, r"loop_loss='deep_supervision' with halting='act'.*'none' or 'state_change'"),
     "router": ({**DEEP, "halting": "token_choice"}, r"loop_loss='deep_supervision' with halting='token_choice'"),

@@ -55,7 +55,10 @@ class ExplosionError(RuntimeError):
         self.checkpoint = checkpoint
         kept = "There is no checkpoint of this run yet."
         if checkpoint is not None:
-            kept = f"The last good checkpoint is {checkpoint}: trainer.train(resume_from_checkpoint={checkpoint!r})."
+            kept = (
+                f"The last good checkpoint is {checkpoint}: go on with trainer.train(resume_from_checkpoint="
+                f"{checkpoint!r}), which restores the learning rate as it was, or load the model from it in a new run."
+            )
         super().__init__(f"step {step}: {finding.what}. The run stops before more is lost. {kept} {advice}")
 
 
@@ -129,11 +132,11 @@ class ExplosionGuardCallback(TrainerCallback):
         self._compiled = False
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._stop_watching()
-        self._models = looped_models(model)
-        self._compiled = is_compiled_whole(args, model)
+        self._models = looped_models(kwargs["model"])
+        self._compiled = is_compiled_whole(args, kwargs["model"])
         self._inputs, self._knows_loss, self.spikes = None, False, 0
         self.losses.clear()
         # what the run goes on from
@@ -147,47 +150,45 @@ class ExplosionGuardCallback(TrainerCallback):
             )
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._stop_watching()
         self._norms, self._loss = {}, None
         if self._compiled or (state.global_step + 1) % self.every_n_steps:
             return
         self._hooks = [watch_loops(name, base, self._see) for name, base in self._models.items()]
-        self._hooks.append(model.register_forward_hook(self._note_call, with_kwargs=True))
+        self._hooks.append(kwargs["model"].register_forward_hook(self._note_call, with_kwargs=True))
 
     def on_pre_optimizer_step(
         self,
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module,
-        optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
         self._stop_watching()
         finding = self._finding_of_states() or self._finding_of_loss()
-        if finding is None and getattr(optimizer, "scaler", None) is None:
-            norm = norm_of(p.grad for p in model.parameters() if p.grad is not None)
+        if finding is None and getattr(kwargs.get("optimizer"), "scaler", None) is None:
+            norm = norm_of(p.grad for p in kwargs["model"].parameters() if p.grad is not None)
             if not math.isfinite(norm):
                 finding = Finding(f"the norm of the gradients is {norm}", None, norm, math.inf)
         self._raise_on_all(finding, state.global_step + 1, args)
 
     def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._check_save(args, state, control, model)
+        self._check_save(args, state, control, kwargs["model"])
 
     def on_epoch_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._check_save(args, state, control, model)
+        self._check_save(args, state, control, kwargs["model"])
 
     def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if args.save_strategy == SaveStrategy.BEST:  # whether it will be saved is decided after this event
-            self._check_weights(args, state, model)
+            self._check_weights(args, state, kwargs["model"])
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._saved.append(self._folder(args, state))

@@ -98,13 +98,13 @@ class LoopTelemetryCallback(TrainerCallback):
         args: TrainingArguments,
         state: TrainerState,
         control: TrainerControl,
-        model: nn.Module,
         **kwargs: Any,
     ) -> None:
-        if self.every_n_steps is None and args.logging_strategy != IntervalStrategy.STEPS:
+        by = IntervalStrategy(args.logging_strategy)
+        if self.every_n_steps is None and by != IntervalStrategy.STEPS:
             raise ValueError(
-                f"every_n_steps=None samples the steps that log, and logging_strategy={args.logging_strategy.value!r} "
-                "does not go by steps: give LoopTelemetryCallback(every_n_steps=...)."
+                f"every_n_steps=None samples the steps that log, and logging_strategy={by.value!r} does not go by "
+                "steps: give LoopTelemetryCallback(every_n_steps=...)."
             )
         if not self._is_first and args.report_to:
             logger.warning(
@@ -113,11 +113,12 @@ class LoopTelemetryCallback(TrainerCallback):
                 ", ".join(args.report_to),
             )
         self._stop()
-        self._models = looped_models(model)
-        self._compiled = is_compiled_whole(args, model)
+        self._models = looped_models(kwargs["model"])
+        self._compiled = is_compiled_whole(args, kwargs["model"])
+        note: Any = torch.compiler.disable(self._note_draw)
         for base in self._models.values():
             if base.config.depth_sampling["type"] != "fixed":
-                self._depth_hooks.append(base.depth_sampling.register_forward_hook(self._note_draw))
+                self._depth_hooks.append(base.depth_sampling.register_forward_hook(note))
         self._forget(state.global_step, state.num_input_tokens_seen)
 
     def on_step_begin(
@@ -147,7 +148,9 @@ class LoopTelemetryCallback(TrainerCallback):
         if not self._hooks:
             return
         self._stop_watching()
-        scaler = getattr(optimizer, "scaler", None)  # of float16, whose gradients are too large by a factor
+        scaler = getattr(
+            kwargs.get("optimizer"), "scaler", None
+        )  # of float16, whose gradients are too large by a factor
         scale = 1.0 if scaler is None else scaler.get_scale()
         for key, squares in self._squares.items():
             self._values[key].append(squares.sqrt() / scale)
@@ -203,7 +206,6 @@ class LoopTelemetryCallback(TrainerCallback):
 
         return read
 
-    @torch.compiler.disable
     def _note_draw(self, module: nn.Module, arguments: tuple[Any, ...], depth: Depth) -> None:
         """Keep what the next log entry says of a depth that was drawn: mean, smallest, largest."""
         if depth.each is None:
