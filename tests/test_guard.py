@@ -60,7 +60,7 @@ def saved(folder: Path) -> set[str]:
 def test_an_exploding_run_stops_and_its_last_checkpoint_resumes(tmp_path):
     """A state that is added to without a norm, and a learning rate that grows it: no hand on the weights."""
     exploding = {"injection": "add", "num_loops": 6, "prelude_norm": False}
-    settings = {"learning_rate": 3.0, "max_steps": 30, "max_grad_norm": 0.0, "save_strategy": "steps", "save_steps": 1}
+    settings = {"learning_rate": 3.0, "max_steps": 30, "max_grad_norm": 0.0, "save_strategy": "steps", "save_steps": 2}
     guard = ExplosionGuardCallback(max_state_norm=2e3, spike_factor=None)
     trainer = trainer_of(small_model(**exploding), tmp_path, guard, **settings, optim="sgd", warmup_steps=8)
     with pytest.raises(ExplosionError) as caught:
@@ -148,11 +148,11 @@ def test_only_spikes_in_a_row_stop_a_run_and_none_is_saved(tmp_path):
         model.lm_head.weight.mul_(-40.0)
 
     guard = ExplosionGuardCallback(spike_factor=1.5, spike_window=3, spike_patience=3)
-    arguments = {"max_steps": 12, "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-5}
+    arguments = {"max_steps": 12, "save_strategy": "steps", "save_steps": 2, "learning_rate": 1e-5}
     trainer = trainer_of(small_model(), tmp_path, At(6, shuffle), guard, **arguments)
     with pytest.raises(ExplosionError, match=r"step 8: the loss is .* above spike_factor=1.5 .*, 3 times in a row"):
         trainer.train()
-    assert saved(tmp_path) == {f"checkpoint-{step}" for step in range(1, 6)}
+    assert saved(tmp_path) == {"checkpoint-2", "checkpoint-4"}
 
 
 def test_a_single_spike_is_outlived():

@@ -164,7 +164,7 @@ def test_logits_and_the_loss_in_evaluation_are_those_of_the_output(settings):
     torch.testing.assert_close(logits, plain(tokens).logits)
 
 
-@pytest.mark.parametrize("settings", [WEIGHTED, STAGE_1, STAGE_2], ids=["deep", "stage-1", "stage-2"])
+@pytest.mark.parametrize("settings", [WEIGHTED, STAGE_1], ids=["deep", "stage-1"])
 def test_accumulated_steps_equal_one_large_batch(settings, tmp_path):
     """Batches hold unequal numbers of tokens: only a loss divided by all of them makes the two alike."""
     results = []

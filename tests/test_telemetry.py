@@ -91,14 +91,13 @@ def test_values_equal_those_of_a_hand_written_step(tmp_path):
     assert logged["loop/tokens_per_second"] > 0
 
 
-@pytest.mark.parametrize("granularity", ["layer", "loop"])
-def test_losses_are_bit_equal_with_and_without_it(granularity, tmp_path):
+def test_losses_are_bit_equal_with_and_without_it(tmp_path):
     """With sampled depths, dropout, truncated and checkpointed backpropagation and accumulated gradients."""
     sampling = {"type": "uniform", "min_loops": 1, "max_loops": 4, "granularity": "sequence"}
     settings = {"depth_sampling": sampling, "attention_dropout": 0.1, "backprop_loops": 2}
     runs = []
     for watched in (False, True):
-        model = small_model(**settings, checkpoint_granularity=granularity)
+        model = small_model(**settings, checkpoint_granularity="loop")
         arguments = {"gradient_checkpointing": True, "gradient_accumulation_steps": 2}
         trainer = trainer_of(model, tmp_path / str(watched), **arguments)
         if watched:
@@ -129,24 +128,27 @@ def test_steps_that_are_not_sampled_have_no_hooks_and_no_keys(tmp_path):
 
 
 def test_no_graph_and_no_state_outlives_a_step(tmp_path):
-    """After each step, what the callback holds are scalars, and no tensor with a graph is alive but parameters."""
+    """After three steps, what the callback holds are scalars, and as many tensors with a graph live as without it."""
     alive = []
 
     class Count(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step < 3:
+                return
             gc.collect()
             alive.append(sum(issubclass(type(x), torch.Tensor) and x.grad_fn is not None for x in gc.get_objects()))
 
     counts = {}
     for watched in (False, True):
         alive.clear()
-        trainer = trainer_of(small_model(), tmp_path / str(watched), callbacks=(Count(),), logging_steps=3)
+        trainer = trainer_of(small_model(), tmp_path / str(watched), callbacks=(Count(),), logging_steps=4)
         callback = LoopTelemetryCallback(every_n_steps=1)
         if watched:
             callback.attach(trainer)
         trainer.train()
         counts[watched] = list(alive)
         held = [v for found in callback._values.values() for v in found]
+        assert len(held) == (3 * (3 * 3 + 1) if watched else 0)
         assert all(v.ndim == 0 and not v.requires_grad for v in held)
     assert counts[True] == counts[False]
 
