@@ -353,7 +353,7 @@ def check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
 
 def refuse_loop_loss(student: nn.Module) -> None:
     """Raise ValueError for a student with a loss of its own, which distillation would leave out without a word."""
-    loss = getattr(unwrap_peft_model(student).config, "loop_loss", None)
+    loss = getattr(getattr(unwrap_peft_model(student), "config", None), "loop_loss", None)
     if loss is not None and loss["type"] != "output":
         raise ValueError(
             f"loop_loss={loss['type']!r} replaces the loss, which is the teacher's here: load the student with "
