@@ -146,7 +146,8 @@ def token_flops(
 
     The backward is that of torch without recomputation: loops that truncated backpropagation leaves out have none, and
     a product with an input that needs no gradient costs one product there, not two. A head that reads one token of a
-    sequence is counted as if the sequence had two.
+    sequence is counted as if the sequence had two. The further runs of coda and head that `config.loop_loss` may ask
+    for are not counted.
 
     Args:
         model: any looped model; only its class and config are read, so the meta device will do.
@@ -222,6 +223,7 @@ def traced_products(model_class: type[PreTrainedModel], config_json: str, num_lo
 
 def skeleton(model_class: type[PreTrainedModel], config: LoopedConfig) -> PreTrainedModel:
     """A model of this class and config on the meta device: shapes without numbers."""
+    config.loop_loss = "output"  # what another loss adds is not counted
     config._attn_implementation = "eager"  # the one whose masks do not ask for values, which are not there
     with torch.device("meta"):
         model = model_class(config)

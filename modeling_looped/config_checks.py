@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from .activations import ACTIVATION_NAMES
 from .halting import HALTINGS
 from .injection import INJECTIONS
+from .loop_loss import LOOP_LOSSES
 from .norms import NORM_TYPES
 from .routing import Router
 from .state import STATE_INITS
@@ -279,6 +280,7 @@ def check_strategies(config: LoopedConfig) -> None:
             ("readout", "none"),
             ("schedule", "flat"),
             ("depth_sampling", "fixed"),
+            ("loop_loss", "output"),
         ):
             if getattr(config, field)["type"] != harmless:
                 raise ValueError(
@@ -393,6 +395,34 @@ def check_depth_sampling(config: LoopedConfig) -> None:
         )
 
 
+def check_loop_loss(config: LoopedConfig) -> None:
+    """A loss over several loops needs one state per loop, and one that trains the gate needs the gate."""
+    loss = config.loop_loss["type"]
+    if loss == "output" or config.num_core_layers == 0:
+        return
+    allowed = LOOP_LOSSES[loss].halting
+    if config.halting["type"] not in allowed:
+        raise ValueError(
+            f"loop_loss={loss!r} with halting={config.halting['type']!r}: the loss reads every loop for itself, which "
+            f"this halting would leave without a gradient or mixes; use halting={' or '.join(map(repr, allowed))}."
+        )
+    if config.core_group_size not in (None, config.num_core_layers):
+        raise ValueError(
+            f"loop_loss={loss!r} with core_group_size={config.core_group_size}: each group of layers loops by itself, "
+            "so that no loop of one is followed by the coda; use core_group_size=None."
+        )
+    if loss == "exit_gate" and config.backprop_loops is not None:
+        raise ValueError(
+            f"backprop_loops={config.backprop_loops} with loop_loss='exit_gate': no loop keeps a graph, and the gate "
+            "would learn from the last ones only; use backprop_loops=None."
+        )
+    if loss == "expected_exit" and config.backprop_loops == 1:
+        raise ValueError(
+            "backprop_loops=1 with loop_loss='expected_exit': the gate has no say in the last loop, so it would never "
+            "learn; use at least 2, or None."
+        )
+
+
 def counts_are_valid(config: LoopedConfig) -> bool:
     """Whether the numbers of layers and loops make sense, so that slots can be counted."""
     parts = (config.num_prelude_layers, config.num_core_layers, config.num_coda_layers)
@@ -432,4 +462,5 @@ CHECKS = (
     check_routing,
     check_backprop,
     check_depth_sampling,
+    check_loop_loss,
 )

@@ -27,6 +27,7 @@ from .depth_sampling import DEPTH_SAMPLINGS
 from .halting import HALTINGS
 from .injection import INJECTIONS
 from .loop_adapter import LOOP_ADAPTERS
+from .loop_loss import LOOP_LOSSES
 from .loop_update import LOOP_UPDATES
 from .ngram_embedding import NGRAM_EMBEDDINGS
 from .readout import READOUTS
@@ -57,6 +58,7 @@ STRATEGY_FIELDS: dict[str, Registry] = {
         DEPTH_ATTENTIONS,
         SCHEDULES,
         DEPTH_SAMPLINGS,
+        LOOP_LOSSES,
     )
 }
 
@@ -87,6 +89,7 @@ STRUCTURE_FIELDS = (
     "add_cross_attention",
     "cross_attention_hidden_size",
     "depth_sampling",
+    "loop_loss",
 )
 
 #: What the published looped models call the loop count. Accepting one of these silently would run another function
@@ -259,6 +262,9 @@ class LoopedConfig(PreTrainedConfig):
         depth_sampling (`dict` or `str`, defaults to `"fixed"`): how many loops a call in training runs that is not
             told: `fixed` (`num_loops`), `poisson`, `lognormal_poisson` or `uniform` [depth_sampling.py]. Evaluation
             never samples.
+        loop_loss (`dict` or `str`, defaults to `"output"`): which loops the loss of a language-model head is made of
+            in training: `output` (the cross-entropy of what the model returns), `deep_supervision`, `expected_exit`
+            or `exit_gate` [loop_loss.py]. Evaluation always gives that of the output.
         prefix_lm (`bool`, defaults to `False`): let the tokens whose `token_type_ids` are 1 see each other in both
             directions, in a call without a cache or on an empty one.
         backprop_loops (`int`, *optional*): in training, only the last so many loops keep a graph (truncated
@@ -357,6 +363,7 @@ class LoopedConfig(PreTrainedConfig):
     depth_attention: Spec = "none"
     schedule: Spec = "flat"
     depth_sampling: Spec = "fixed"
+    loop_loss: Spec = "output"
     backprop_loops: int | None = None
     checkpoint_granularity: str = "layer"
     initializer_range: float = 0.02

@@ -30,6 +30,13 @@ class Depth(NamedTuple):
     each: Tensor | None = None
     shallowest: int | None = None
 
+    @property
+    def smallest(self) -> int:
+        """A depth that none falls short of."""
+        if self.each is None:
+            return self.loops
+        return int(self.each.min()) if self.shallowest is None else self.shallowest
+
     def freeze(self, loop: int, previous: Tensor, state: Tensor) -> Tensor:
         """The state after loop `loop` (from 0), which took `previous` to `state`, both [B, S, D]."""
         return torch.where(self.own(state) > loop, state, previous.to(state))
@@ -38,9 +45,7 @@ class Depth(NamedTuple):
         """The loop from which on something belongs to the last `backprop_loops` loops of a token."""
         if backprop_loops is None:
             return 0
-        if self.each is None:
-            return self.loops - backprop_loops
-        return (int(self.each.min()) if self.shallowest is None else self.shallowest) - backprop_loops
+        return self.smallest - backprop_loops
 
     def truncate(self, loop: int, backprop_loops: int | None, state: Tensor) -> Tensor:
         """`state` after loop `loop`, cut off from it where the loop is not among a token's last `backprop_loops`.

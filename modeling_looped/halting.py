@@ -64,12 +64,14 @@ class Readings(NamedTuple):
         remaining: probability that has not been given out yet, fp32 [B, S]; `None` for a rule that does not choose.
         exit_loops: loops after which the token halted, int64 [B, S]; 0 while it has not, `None` as above.
         probabilities: the exit distribution so far, fp32 [B, S] for each loop.
+        logits: those of a gate's probability of stopping once there, fp32 [B, S] for each loop.
     """
 
     output: Tensor
     remaining: Tensor = None  # pyright: ignore[reportAssignmentType] (absent only where no rule reads it)
     exit_loops: Tensor = None  # pyright: ignore[reportAssignmentType] (the same)
     probabilities: tuple[Tensor, ...] = ()
+    logits: tuple[Tensor, ...] = ()
 
     def add(
         self,
@@ -113,6 +115,7 @@ class Readings(NamedTuple):
             self.remaining.to(device),
             self.exit_loops.to(device),
             tuple(tensor.to(device) for tensor in self.probabilities),
+            tuple(tensor.to(device) for tensor in self.logits),
         )
 
     @property
@@ -246,7 +249,8 @@ class GateHalting(Halting):
         init.zeros_(self.bias)
 
     def forward(self, readings: Readings, step: Step, loop_idx: int, is_last: bool) -> Readings:
-        stop = torch.sigmoid(F.linear(step.state.float(), self.weight.float(), self.bias.float()).squeeze(-1))
+        logit = F.linear(step.state.float(), self.weight.float(), self.bias.float()).squeeze(-1)
+        stop = torch.sigmoid(logit)
         # The last loop takes the rest whatever the gate says: `0 * stop` keeps the gate in the graph of a one-loop
         # run.
         probability = readings.remaining + 0.0 * stop if is_last else readings.remaining * stop
@@ -262,7 +266,8 @@ class GateHalting(Halting):
             weight = (halts & readings.running).float()
             if self.training:
                 weight = weight + (probability - probability.detach())
-        return readings.add(step.state, weight, remaining, halts, loop_idx, probability=probability)
+        after = readings.add(step.state, weight, remaining, halts, loop_idx, probability=probability)
+        return after._replace(logits=(*readings.logits, logit))
 
 
 @HALTINGS.register("act")

@@ -44,6 +44,13 @@ class Injection(Strategy):
             than the prelude.
         """
 
+    def spectral_radius(self) -> Tensor | None:
+        """Largest absolute eigenvalue of A in x = A s + B e, a scalar in fp32; `None`: there is no such A.
+
+        It is that of the injection alone: core and update come on top.
+        """
+        return None
+
 
 @INJECTIONS.register("none")
 @final
@@ -55,6 +62,9 @@ class NoInjection(Injection):
     def forward(self, prelude: Tensor) -> Inject:
         return lambda state, loop_idx: state
 
+    def spectral_radius(self) -> Tensor:
+        return torch.ones(())
+
 
 @INJECTIONS.register("add")
 @final
@@ -63,6 +73,9 @@ class AddInjection(Injection):
 
     def forward(self, prelude: Tensor) -> Inject:
         return lambda state, loop_idx: state.to(prelude.device) + prelude
+
+    def spectral_radius(self) -> Tensor:
+        return torch.ones(())
 
 
 @INJECTIONS.register("concat", "linear")
@@ -124,6 +137,22 @@ class ConcatInjection(Injection):
 
         return inject
 
+    @torch.no_grad()
+    def spectral_radius(self) -> Tensor:
+        r"""That of W's columns for the state, from above and within about 1 %: \|A^k\|^{1/k} with k = 4096, which
+        tends to it (Gelfand's formula) and takes 12 matrix products, where eigenvalues would take seconds.
+        """
+        power = self.weight[:, : self.context.hidden_size].float()
+        logarithm = torch.zeros((), device=power.device)
+        for doubling in range(13):
+            if doubling:
+                power = power @ power
+            # |A^2k| = |A^k|^2 |N^2| with N = A^k / |A^k|; the norm is taken out so that nothing overflows
+            norm = power.norm()
+            logarithm = 2.0 * logarithm * (doubling > 0) + norm.log()
+            power = power / norm.clamp_min(torch.finfo(power.dtype).tiny)
+        return (logarithm / 2.0**12).exp()
+
 
 @INJECTIONS.register("diagonal")
 @final
@@ -179,6 +208,11 @@ class DiagonalInjection(Injection):
         rate, step = self.rate_and_step()
         limits = torch.finfo(dtype)
         return torch.exp(-step * rate).to(dtype).clamp(limits.tiny, 1.0 - limits.eps / 2)
+
+    @torch.no_grad()
+    def spectral_radius(self) -> Tensor:
+        """The largest decay, exactly."""
+        return self.decay().max()
 
     def forward(self, prelude: Tensor) -> Inject:
         rate, gain = self.rate_and_step()

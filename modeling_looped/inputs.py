@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, QuantizedLayer
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.utils import logging
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_looped import LoopedConfig
 from .halting import HALTINGS, Halting
 from .slots import SlotLayout
+
+logger = logging.get_logger(__name__)
 
 MASK_FUNCTIONS = {
     "full_attention": create_causal_mask,
@@ -90,6 +93,32 @@ def refuse_mixed_depths(config: LoopedConfig, cache: Cache | None) -> None:
         raise ValueError(
             f"num_loops holds a depth for each sequence or token, and depth_attention="
             f"{config.depth_attention['type']!r} reads all loops of the call: pass one integer."
+        )
+
+
+def refuse_loss_of_loops(config: LoopedConfig, cache: Cache | None, kwargs: Mapping[str, Any]) -> None:
+    """Raise ValueError where the coda cannot run once for every loop that the loss reads."""
+    loss = config.loop_loss["type"]
+    if cache is not None:
+        raise ValueError(
+            f"loop_loss={loss!r} with past_key_values: the coda runs once for every supervised loop, and a cache has "
+            "one slot for it; leave past_key_values out, or load the model with loop_loss='output'."
+        )
+    for name in ("output_hidden_states", "output_attentions"):
+        if kwargs.get(name) or getattr(config, name, False):
+            raise ValueError(
+                f"loop_loss={loss!r} with {name}: the coda runs once for every supervised loop, and what it gives "
+                "would be recorded as often; leave it out, or use output_loop_hidden_states."
+            )
+
+
+def warn_of_unread_loss(config: LoopedConfig) -> None:
+    """Say once that whoever runs the base model in training computes another loss than `config.loop_loss`."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        logger.warning_once(
+            f"loop_loss={config.loop_loss['type']!r} has no effect in this call: only a language-model head that is "
+            "given labels computes it. A trainer that makes a loss of its own (label smoothing, distillation, TRL's "
+            "fused head) does not train it."
         )
 
 

@@ -46,16 +46,19 @@ from .inputs import (
     default_position_ids,
     refuse_cache_in_recompute,
     refuse_foreign_cache,
+    refuse_loss_of_loops,
     refuse_mixed_depths,
     refuse_what_cannot_route,
     valid_tokens,
+    warn_of_unread_loss,
 )
 from .layers import Held, KeyValue, LoopedDecoderLayer
 from .loop_adapter import LOOP_ADAPTERS
+from .loop_loss import LOOP_LOSSES
 from .loop_update import LOOP_UPDATES
 from .ngram_embedding import NGRAM_EMBEDDINGS, note_tokens, tokens_before
 from .norms import build_norm
-from .outputs import NO_FIELD, LoopedCausalLMOutput, LoopedModelOutput, hidden_states_of_the_call
+from .outputs import NO_FIELD, LoopedCausalLMOutput, LoopedModelOutput, LoopOutputs, hidden_states_of_the_call
 from .peft_defaults import offer_peft_defaults
 from .readout import READOUTS
 from .registry import BuildContext, SelfInitialised
@@ -69,6 +72,20 @@ from .value_embedding import VALUE_EMBEDDINGS
 from .weight_init import init_weights
 
 logger = logging.get_logger(__name__)
+
+
+class LoopsOutput(NamedTuple):
+    """What the recurrence gives.
+
+    Attributes:
+        readings: what has been read from it.
+        states: before the first loop and after each one, [B, S, D]; or the first alone, where nobody asks for them.
+        anchors: with depth attention, keys and values of all anchors, at the same places; or the last ones alone.
+    """
+
+    readings: Readings
+    states: tuple[Tensor, ...]
+    anchors: tuple[tuple[KeyValue, ...], ...]
 
 
 class LayersOutput(NamedTuple):
@@ -238,6 +255,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             self.schedule = SCHEDULES.build(config.schedule, context)
             self.readout = READOUTS.build(config.readout, context)
             self.depth_sampling = DEPTH_SAMPLINGS.build(config.depth_sampling, context)
+            self.loop_loss = LOOP_LOSSES.build(config.loop_loss, context)
         self.norm = nn.Identity() if config.final_norm == "none" else norm()
         self.rotary_emb = LoopedRotaryEmbedding(config)
         self.stored_types = [config.stored_layer_type(layer) for layer in range(config.num_stored_layers)]
@@ -266,6 +284,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         encoder_hidden_states: torch.FloatTensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         previous_input_ids: torch.LongTensor | None = None,
+        output_loop_readings: bool = False,
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
     ) -> LoopedModelOutput:
         r"""
@@ -280,6 +299,8 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         previous_input_ids (`torch.LongTensor` of shape `(batch_size, tokens)`, *optional*):
             With `config.ngram_embedding`, the ids of the last tokens before `input_ids`. `generate` passes them; else
             they are needed only with a cache that was reordered, cropped or copied since its last call.
+        output_loop_readings (`bool`, *optional*, defaults to `False`):
+            Whether to return `loop_readings`, which `config.loop_loss` is computed from.
         """
         refuse_foreign_loop_names(kwargs, "forward")
         if (input_ids is None) ^ (inputs_embeds is not None):
@@ -300,6 +321,11 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         if depth.each is not None:
             refuse_mixed_depths(self.config, past_key_values)
             use_cache = False
+        if output_loop_readings:
+            refuse_loss_of_loops(self.config, past_key_values, kwargs)
+            use_cache = False
+        elif self.training and layout.core and self.config.loop_loss["type"] != "output":
+            warn_of_unread_loss(self.config)
         given_cache = past_key_values
         if use_cache and past_key_values is None:
             sized = self.config if layout.loops == self.config.num_loops else self.config.with_num_loops(layout.loops)
@@ -343,10 +369,10 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
             **kwargs,  # pyright: ignore[reportCallIssue] (the same list)
         )
 
-        prelude, core, coda = layout.stored_ranges()
-        (hidden_states, _, anchors), states, readings = run(embeds, prelude), None, None
+        prelude, core, _ = layout.stored_ranges()
+        (hidden_states, _, anchors), loops, readings = run(embeds, prelude), None, None
         if core:
-            readings, states, anchors = self._run_loops(
+            loops = self._run_loops(
                 hidden_states,
                 anchors,
                 initial_state,
@@ -356,25 +382,63 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
                 layout,
                 depth,
                 run,
-                keep_states=output_loop_hidden_states,
+                keep_states=output_loop_hidden_states or output_loop_readings,
             )
-            hidden_states = self.readout(readings.output)
-            if self.config.final_norm == "after_loops":
-                hidden_states = self.norm(hidden_states)
-        hidden_states = run(hidden_states, coda, anchors=anchors).hidden_states
+            readings, hidden_states, anchors = loops.readings, loops.readings.output, loops.anchors[-1]
+        hidden_states = self._after_loops(hidden_states, anchors, layout, run)
         note_tokens(self.ngram_embedding, input_ids, before, past_key_values)
-        hidden_states = self.residual_streams.merge(hidden_states)
-        if not core or coda or self.config.final_norm != "every_loop":
-            hidden_states = self.norm(hidden_states)
         return LoopedModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values if both_caches is None else both_caches,
-            loop_hidden_states=states if output_loop_hidden_states else None,
+            loop_hidden_states=loops.states if loops is not None and output_loop_hidden_states else None,
+            loop_readings=self._read_loops(loops, hidden_states, depth, layout, run)
+            if loops is not None and output_loop_readings
+            else None,
             exit_loops=None if readings is None else readings.exit_loops,
             exit_probabilities=torch.stack(readings.probabilities, dim=-1)
             if readings is not None and readings.probabilities
             else None,
             num_loops=None if num_loops is None or isinstance(num_loops, int) else depth.counts(embeds),
+        )
+
+    def _after_loops(
+        self, state: Tensor, anchors: tuple[KeyValue, ...], layout: SlotLayout, run: Callable[..., LayersOutput]
+    ) -> Tensor:
+        """What follows the loops: from the state that they leave, and the anchors so far, to what the head reads."""
+        _, core, coda = layout.stored_ranges()
+        if core:
+            state = self.readout(state)
+            if self.config.final_norm == "after_loops":
+                state = self.norm(state)
+        hidden_states = self.residual_streams.merge(run(state, coda, anchors=anchors).hidden_states)
+        if not core or coda or self.config.final_norm != "every_loop":
+            hidden_states = self.norm(hidden_states)
+        return hidden_states
+
+    def _read_loops(
+        self,
+        loops: LoopsOutput,
+        hidden_states: Tensor,
+        depth: Depth,
+        layout: SlotLayout,
+        run: Callable[..., LayersOutput],
+    ) -> LoopOutputs:
+        """What `config.loop_loss` reads; `hidden_states`: what the head reads."""
+        supervised = self.loop_loss.supervised(depth.loops, depth.smallest)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.loop_loss.trains_gate_alone):
+            # where every token is read from the last state, that has been done
+            done = (hidden_states,) if self.halting.reads_last_state(depth.loops) else ()
+            read = tuple(
+                self._after_loops(loops.states[loop + 1], loops.anchors[loop + 1], layout, run)
+                for loop in supervised[: len(supervised) - len(done)]
+            )
+        logits = loops.readings.logits
+        return LoopOutputs(
+            hidden_states=(*read, *done),
+            loops=supervised,
+            depth=None if depth.each is None else depth.each.squeeze(-1),
+            num_loops=depth.loops,
+            exit_logits=torch.stack(logits, dim=-1) if logits else None,
         )
 
     def _run_loops(
@@ -389,10 +453,8 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         depth: Depth,
         run: Callable[..., LayersOutput],
         keep_states: bool,
-    ) -> tuple[Readings, tuple[Tensor, ...], tuple[KeyValue, ...]]:
-        """The recurrence. Returns what is read from it, the states before the first loop and after each one (only
-        the last, unless `keep_states`), and the anchors of depth attention so far.
-        """
+    ) -> LoopsOutput:
+        """The recurrence."""
         prelude = self.residual_streams.carry(prelude)
         if self.prelude_norm is not None:
             prelude = self.prelude_norm(prelude)
@@ -417,7 +479,8 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         # Truncated backpropagation: the leading loops only find a state to start from.
         backprop_loops = self.config.backprop_loops if self.training else None
         first_with_graph = depth.first_loop_with_graph(backprop_loops)
-        kept, readings, streams = (state,), self.halting.start(state), self.schedule(state)
+        kept, kept_anchors = (state,), (anchors,)
+        readings, streams = self.halting.start(state), self.schedule(state)
         held: dict[range, tuple[Held, ...]] = {}
         was_tracked = False
         for turn in turns:
@@ -450,8 +513,9 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
                 if turn.ends_loop:
                     is_last = turn is turns[-1]
                     readings = self.halting(readings.to(taken.state.device), taken, turn.outer_loop, is_last)
+                    kept_anchors = (*kept_anchors, anchors) if keep_states else (anchors,)
                     kept = (*kept, taken.state) if keep_states else kept
-        return (readings if turns else Readings(state)), kept, anchors
+        return LoopsOutput(readings if turns else Readings(state), kept, kept_anchors)
 
     def _step(
         self,
@@ -634,12 +698,15 @@ class LoopedForCausalLM(LoopedHeadMixin, LoopedGenerationMixin, LoopedPreTrained
             output_loop_hidden_states=output_loop_hidden_states,
             encoder_hidden_states=encoder_hidden_states,
             encoder_attention_mask=encoder_attention_mask,
+            **self.asks_for_loops(labels),
             **kwargs,  # pyright: ignore[reportCallIssue] (the same list)
         )
         hidden_states: Any = outputs.last_hidden_state
         logits = self.to_logits(slice_logits_to_keep(hidden_states, logits_to_keep))
         loss = None
-        if labels is not None:
+        if labels is not None and outputs.loop_readings is not None:
+            loss = self.loss_of_loops(outputs, labels, self.to_logits, shifts=True, **kwargs)
+        elif labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return LoopedCausalLMOutput(
             loss=loss,
@@ -715,18 +782,25 @@ class LoopedForMaskedLM(LoopedHeadMixin, LoopedPreTrainedModel):
             inputs_embeds=inputs_embeds,
             token_type_ids=token_type_ids,
             num_loops=num_loops,
+            **self.asks_for_loops(labels),
             **kwargs,  # pyright: ignore[reportCallIssue] (the same list)
         )
         hidden_states: Any = outputs.last_hidden_state
-        if self.head_transform is not None:
-            hidden_states = self.head_transform(hidden_states)
-        logits = self.to_logits(hidden_states)
+        logits = self.transformed_logits(hidden_states)
         loss = None
-        if labels is not None:
+        if labels is not None and outputs.loop_readings is not None:
+            loss = self.loss_of_loops(outputs, labels, self.transformed_logits, shifts=False, **kwargs)
+        elif labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+    def transformed_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """[B, S, D] -> [B, S, vocabulary], through the transform where the config has one."""
+        if self.head_transform is not None:
+            hidden_states = self.head_transform(hidden_states)
+        return self.to_logits(hidden_states)
 
 
 # Transformers' generic heads ask `AutoModel` for their base model, which cannot know our class where a folder's code

@@ -6,7 +6,7 @@ B batch, S tokens, D hidden size, T loops.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -17,6 +17,24 @@ from .depth import loops_of
 #: The config field by which Transformers would count the hidden states of a call. There is none, since their number
 #: depends on the call's `num_loops`: this leaves the counting to `hidden_states_of_the_call`.
 NO_FIELD = "slots_of_the_call"
+
+
+class LoopOutputs(NamedTuple):
+    """What the base model gives for `config.loop_loss`.
+
+    Attributes:
+        hidden_states: what the head would read if the model ended with each supervised loop, K tensors [B, S, D].
+        loops: those loops, from 0.
+        depth: loops that each row [B, 1] or token [B, S] ran; `None`: `num_loops`.
+        num_loops: T.
+        exit_logits: of a gate, fp32 [B, S, T]; `None` without one.
+    """
+
+    hidden_states: tuple[Tensor, ...]
+    loops: range
+    depth: Tensor | None
+    num_loops: int
+    exit_logits: Tensor | None
 
 
 # trf-ignore: TRF057 (described in full by hand)
@@ -39,6 +57,8 @@ class LoopedModelOutput(BaseModelOutputWithPast):
             the order of execution.
         num_loops (`torch.LongTensor` of shape [B] or [B, S], *optional*, if the depth was drawn or given per row):
             loops that each sequence, or each token, ran (`config.depth_sampling`).
+        loop_readings (`LoopOutputs`, *optional*, with `output_loop_readings=True`): what a head reads to compute
+            `config.loop_loss`.
     """
 
     cross_attentions: tuple[Tensor, ...] | None = None
@@ -46,6 +66,7 @@ class LoopedModelOutput(BaseModelOutputWithPast):
     exit_loops: Tensor | None = None
     exit_probabilities: Tensor | None = None
     num_loops: Tensor | None = None
+    loop_readings: LoopOutputs | None = None
 
 
 # trf-ignore: TRF057 (described in full by hand)

@@ -39,8 +39,8 @@ WHAT_ELSE_A_LOOP_DOES = {
 }
 
 #: Strategies that never stand in the way: every slot's own weights take the adapters in, value embeddings have been
-#: looked at before, and depth is sampled in training only.
-NOT_ASKED = (LOOP_ADAPTERS.field, "value_embedding", "depth_sampling")
+#: looked at before, and depth is sampled, and a loss computed, in training only.
+NOT_ASKED = (LOOP_ADAPTERS.field, "value_embedding", "depth_sampling", "loop_loss")
 
 
 def unroll(model: PreTrainedModel, num_loops: int | None = None, *, family: str | None = None) -> PreTrainedModel:

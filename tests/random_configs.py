@@ -44,8 +44,8 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
     "mhc": [{}, {"span": "part"}, {"mixing": "identity"}, {"sinkhorn_iterations": 2}],
     "act": [{"threshold": 0.7}, {"form": "universal", "threshold": 0.7}],
 }
-#: What `reference.py` does not compute: schedules beside the flat one, and routers.
-WITHOUT_REFERENCE = {"nested", "expert_choice", "token_choice"}
+#: What `reference.py` does not compute: schedules beside the flat one, routers, and losses over several loops.
+WITHOUT_REFERENCE = {"nested", "expert_choice", "token_choice", "deep_supervision", "expected_exit", "exit_gate"}
 
 
 @st.composite

@@ -334,6 +334,7 @@ def test_every_field_round_trips_at_a_value_that_is_not_its_default(tmp_path):
         },
         {"add_cross_attention": True, "is_decoder": True, "cross_attention_hidden_size": 48},
         {"depth_attention": {"type": "anchors", "stride": 3}},
+        {"loop_loss": {"type": "expected_exit", "entropy_weight": 0.05}, "halting": "gate"},
         {"ngram_embedding": {"type": "hashed", "max_n": 2, "table_sizes": [5, 7], "boundary_token_id": 1}},
         {"residual_streams": {"type": "mhc", "num_streams": 3, "mixing": "identity", "own_loops": 2}},
     ]

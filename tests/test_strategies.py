@@ -26,7 +26,11 @@ TABLE_LOOPS = 2
 LOOP_COUNTS = (1, 5)
 
 #: What the other fields must be beside a type.
-BESIDE: dict[str, dict] = {"nested": {"injection": "none", "state_init": "input"}}
+BESIDE: dict[str, dict] = {
+    "nested": {"injection": "none", "state_init": "input"},
+    "expected_exit": {"halting": "gate"},
+    "exit_gate": {"halting": "gate"},
+}
 #: With which parameters a type that looks at the whole sequence does not, and so goes with a cache.
 CAUSAL: dict[str, dict] = {"expert_choice": {"selection": "threshold"}}
 
@@ -49,7 +53,11 @@ def config_with(field: str, name: str, params: dict | None = None, **settings) -
 
 
 def model_with(field: str, name: str, params: dict | None = None, **settings) -> LoopedForCausalLM:
-    return randomise(LoopedForCausalLM(config_with(field, name, params, **settings))).eval()
+    model = randomise(LoopedForCausalLM(config_with(field, name, params, **settings))).eval()
+    if name == "exit_gate":  # the one that asks for it
+        model.requires_grad_(False)
+        model.model.halting.requires_grad_(True)
+    return model
 
 
 @every_type

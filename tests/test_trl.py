@@ -6,8 +6,10 @@ from datasets import Dataset
 from helpers import VARIANTS, assert_close, tiny_model
 from peft import LoraConfig
 from training import SENTENCES, run_arguments, tiny_tokenizer, weights
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+
+from modeling_looped.training import ExplosionGuardCallback, LoopTelemetryCallback
 
 pytestmark = [
     pytest.mark.slow,
@@ -71,6 +73,37 @@ def test_a_fine_tuned_model_is_saved_whole(tmp_path):
     for name, tensor in weights(trainer.model).items():
         assert torch.equal(loaded[name], tensor), name
         assert not torch.equal(before[name], tensor), name
+
+
+def test_a_loss_over_loops_trains_where_the_trainer_takes_the_models_loss(tmp_path):
+    """TRL's fused head reads the last loop alone; a subclass that computes the loss as `Trainer` does reads them all.
+    Guard and telemetry work with either.
+    """
+
+    class TakesTheModelsLoss(SFTTrainer):
+        compute_loss = Trainer.compute_loss
+
+    found = {}
+    for cls in (SFTTrainer, TakesTheModelsLoss):
+        trainer = cls(
+            same_model(loop_loss="deep_supervision", std=1.0),
+            run_arguments(tmp_path, SFTConfig, save_strategy="no", max_steps=1, logging_steps=1, bf16=False),
+            train_dataset=TEXT,
+            processing_class=tiny_tokenizer(),
+            callbacks=[ExplosionGuardCallback()],
+        )
+        LoopTelemetryCallback().attach(trainer)
+        batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(TEXT))])
+        model = same_model(loop_loss="deep_supervision", std=1.0).train()
+        of_all = model(**batch).loss.item()
+        trainer.args.per_device_train_batch_size = len(TEXT)
+        trainer._train_batch_size = len(TEXT)
+        trainer.train()
+        found[cls] = (logged(trainer)[0], of_all, model.eval()(**batch).loss.item())
+        assert logged(trainer, "loop/gradient_norm_1")[0] > 0
+    assert found[TakesTheModelsLoss][0] == pytest.approx(found[TakesTheModelsLoss][1], rel=1e-4)
+    assert found[SFTTrainer][0] == pytest.approx(found[SFTTrainer][2], rel=1e-4)
+    assert found[SFTTrainer][1] != pytest.approx(found[SFTTrainer][2], rel=1e-3)
 
 
 @pytest.mark.parametrize("variant", ["parcae", "capped", "sandwich", "halting_gate"])

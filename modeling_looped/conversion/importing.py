@@ -205,7 +205,8 @@ def widest_dtype(stored: StoredTensors) -> torch.dtype:
 def described(config: PreTrainedConfig) -> dict[str, Any]:
     """What our config says of the function of the weights, for comparison at export."""
     unrelated = {"architectures", "auto_map", "dtype", "transformers_version", "use_cache", "id2label", "label2id"}
-    unrelated |= {"backprop_loops", "checkpoint_granularity", "depth_sampling", "max_trained_loops"}  # of training
+    # of training
+    unrelated |= {"backprop_loops", "checkpoint_granularity", "depth_sampling", "loop_loss", "max_trained_loops"}
     unrelated |= {"weight_init", "output_projection_init"}  # of a start without weights
     unrelated |= {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "_name_or_path"}
 

@@ -72,6 +72,7 @@ class DistillationTrainer(WholeCheckpointsMixin, RecipeOptimizerMixin, TokenMean
         teacher = load_teacher(args) if teacher_model is None else teacher_model
         if isinstance(teacher, str):
             teacher = load_teacher(args, teacher)
+        refuse_loop_loss(model)
         if teacher is not None:
             check_vocabulary(model, teacher)
         if args.disable_dropout:
@@ -280,6 +281,16 @@ def check_vocabulary(student: nn.Module, teacher: nn.Module) -> None:
         raise ValueError(
             f"the teacher's vocab_size={sizes[1]} is not the student's {sizes[0]}: distillation compares their "
             "distributions token by token, so both must share one tokenizer."
+        )
+
+
+def refuse_loop_loss(student: nn.Module) -> None:
+    """Raise ValueError for a student with a loss of its own, which distillation would leave out without a word."""
+    loss = getattr(getattr(unwrap_peft_model(student), "config", None), "loop_loss", None)
+    if loss is not None and loss["type"] != "output":
+        raise ValueError(
+            f"loop_loss={loss['type']!r} replaces the loss, which is the teacher's here: load the student with "
+            "loop_loss='output'."
         )
 
 
