@@ -17,6 +17,7 @@ import retrofit
 
 from modeling_looped.conversion.output_folder import MANIFEST
 from modeling_looped.training.config import DistillationConfig
+from modeling_looped.training.guard import ExplosionError
 from modeling_looped.training.recipe import RunConfig, parse_recipe
 from modeling_looped.training.run import distill, training_source
 
@@ -84,7 +85,7 @@ def main(arguments: list[str] | None = None) -> int:
         run.student = make_student(run, args)
         leads = args.process_index == 0
         distill(run, args, command=command, report=print if leads else lambda line: None)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ExplosionError) as error:
         print(f"distill.py: {error}", file=sys.stderr)
         return 1
     return 0

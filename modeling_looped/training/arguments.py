@@ -7,6 +7,10 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from .guard import ExplosionGuardCallback
+from .observer import looped_models
+from .telemetry import LoopTelemetryCallback
+
 OPTIM_RECIPES = ("adamw", "muon", "trainer")
 MUON_SCALES = ("match_rms_adamw", "original")
 DECAY_SCHEDULES = ("constant", "linear")
@@ -34,6 +38,11 @@ class RecipeArguments(TrainingArguments):
         embedding_learning_rate: of token embeddings and head; `None`: `learning_rate`.
         cooldown_steps: with `lr_scheduler_type="warmup_stable_decay"`, the last steps, in which the rate falls to 0,
             linearly unless `lr_scheduler_kwargs` says otherwise: their number, or below 1 their share of all steps.
+        telemetry: whether a looped model's states, gradients and depths are logged (`LoopTelemetryCallback`).
+        telemetry_steps: how often; `None`: in the steps that log.
+        explosion_guard: whether a run is stopped, before it loses its weights, when states, loss or gradients explode
+            (`ExplosionGuardCallback`).
+        max_state_norm: largest norm of a token's state that the guard lets pass.
     """
 
     optim_recipe: str = field(
@@ -60,6 +69,10 @@ class RecipeArguments(TrainingArguments):
     cooldown_steps: float | None = field(
         default=None, metadata={"help": "Last steps, in which the rate falls to 0; below 1 a share of all steps."}
     )
+    telemetry: bool = field(default=False, metadata={"help": "Whether the loop's states and gradients are logged."})
+    telemetry_steps: int | None = field(default=None, metadata={"help": "How often; by default in steps that log."})
+    explosion_guard: bool = field(default=False, metadata={"help": "Whether an explosion stops the run."})
+    max_state_norm: float = field(default=1e5, metadata={"help": "Largest norm of a state that the guard lets pass."})
 
     def __post_init__(self):
         super().__post_init__()
@@ -83,11 +96,35 @@ class RecipeArguments(TrainingArguments):
                 raise ValueError(f"{name}={value} must not be negative.")
         if not 0.0 <= self.muon_momentum < 1.0:
             raise ValueError(f"muon_momentum={self.muon_momentum} must lie in [0, 1).")
+        if self.telemetry_steps is not None and self.telemetry_steps < 1:
+            raise ValueError(
+                f"telemetry_steps={self.telemetry_steps} must be None (the steps that log) or at least 1."
+            )
+        if not self.max_state_norm > 0.0:
+            raise ValueError(f"max_state_norm={self.max_state_norm} must be above 0.")
         if self.cooldown_steps is not None and self.lr_scheduler_type != COOLDOWN_SCHEDULE:
             raise ValueError(
                 f"cooldown_steps={self.cooldown_steps} needs lr_scheduler_type={COOLDOWN_SCHEDULE!r}, not "
                 f"{str(getattr(self.lr_scheduler_type, 'value', self.lr_scheduler_type))!r}."
             )
+
+    def watch(self, trainer: Any) -> None:
+        """Give a `Trainer` the callbacks that these arguments ask for.
+
+        Raises:
+            ValueError: for telemetry of a model that has no loop.
+        """
+        asked = [name for name in ("telemetry", "explosion_guard") if getattr(self, name)]
+        if not asked:
+            return
+        try:
+            looped_models(trainer.model)
+        except ValueError as error:
+            raise ValueError(f"{asked[0]}=True: {error}") from error
+        if self.telemetry:
+            LoopTelemetryCallback(self.telemetry_steps).attach(trainer)
+        if self.explosion_guard:
+            trainer.add_callback(ExplosionGuardCallback(max_state_norm=self.max_state_norm))
 
     def scheduler_kwargs(self, num_training_steps: int) -> dict[str, Any] | None:
         """`lr_scheduler_kwargs`, with the cooldown where there is one.

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
@@ -22,6 +22,7 @@ from modeling_looped.modeling_looped import LoopedPreTrainedModel
 
 from .data import collate_packed
 from .fresh_model import build_config, check_config, config_values, fresh_model
+from .guard import ExplosionError
 from .parameters import count
 from .pretraining import PretrainingConfig, PretrainingRun, PretrainingTrainer, check_eval_loops
 from .progress import ProgressLines
@@ -96,8 +97,8 @@ def pretrain(
     progress = ProgressLines(report)
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
-    for callback in watchers(run, args, progress):
-        trainer.add_callback(callback)
+    trainer.add_callback(progress)
+    args.watch(trainer)
     write_record(trainer, output, record)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if evaluations else {}
@@ -107,11 +108,6 @@ def pretrain(
     write_record(trainer, output, record)
     report(f"saved to {output}")
     return record
-
-
-def watchers(run: PretrainingRun, args: PretrainingConfig, progress: ProgressLines) -> list[TrainerCallback]:
-    """The callbacks of a run: whatever watches it, and changes nothing, is named here."""
-    return [progress]
 
 
 def tokenizer_of(
@@ -155,7 +151,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run, args = parse_recipe(given, (PretrainingRun, PretrainingConfig), "python -m modeling_looped train")
         leads = args.process_index == 0
         pretrain(run, args, command=command, report=print if leads else lambda line: None)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ExplosionError) as error:
         sys.stderr.write(f"modeling_looped train: {error}\n")
         return 1
     return 0

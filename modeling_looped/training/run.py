@@ -99,6 +99,7 @@ def distill(
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(progress)
+    args.watch(trainer)
     write_record(trainer, output, record)
     result = trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if evaluations else {}
