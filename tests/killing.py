@@ -3,8 +3,11 @@
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
+
+from tqdm import tqdm
 
 
 def killed(program: Callable[[], int], moment: str, delay: float) -> None:
@@ -12,6 +15,8 @@ def killed(program: Callable[[], int], moment: str, delay: float) -> None:
     reader, writer = os.pipe()
     child = os.fork()  # a new interpreter would spend ten seconds on imports
     if child == 0:
+        # tqdm's own lock is shared between processes: who is killed while he holds it stops the others for ever
+        tqdm.set_lock(threading.RLock())
         os.dup2(writer, 1)
         sys.stdout = os.fdopen(1, "w", buffering=1)
         os._exit(program())

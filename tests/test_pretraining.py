@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_looped.__main__ import COMMANDS
 from modeling_looped.__main__ import main as command_line
+from modeling_looped.scaling.runs import gather
 from modeling_looped.training.data import Source, packed_blocks
 from modeling_looped.training.fresh_model import build_config, check_config, config_values, fresh_model
 from modeling_looped.training.pretraining import PretrainingConfig, PretrainingRun
@@ -93,6 +94,16 @@ def test_evaluation_is_the_mean_over_all_tokens_at_every_loop_count(place, finis
         assert nats * metrics["eval_valid_bytes"] == pytest.approx(total, rel=1e-5)
         assert metrics[f"{prefix}_bits_per_byte"] == pytest.approx(nats / math.log(2))
     assert "eval_valid_loops_3_loss" not in metrics  # it is eval_valid_loss
+
+
+def test_a_run_is_a_row_of_a_scaling_table_or_one_per_loop_count(finished, record):
+    (row,) = gather([finished]).to_dict("records")
+    assert (row["loss"], row["tokens"], row["loops"]) == (record["metrics"]["eval_valid_loss"], 1024, 3)
+    table = gather([finished], "valid", every_loop=True).set_index("loops")
+    assert sorted(table.index) == [1, 3, 5]
+    assert table.loc[5, "loss"] == record["metrics"]["eval_valid_loops_5_loss"]
+    assert (table.loc[5, "effective_depth"], table.loc[3, "effective_depth"]) == (7, 5)
+    assert table["trained_loops"].nunique() == table["parameters"].nunique() == 1
 
 
 @pytest.mark.slow

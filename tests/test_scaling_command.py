@@ -147,7 +147,7 @@ def test_run_folders_become_a_table(tmp_path):
     with pytest.raises(ValueError, match=r"is not finished \(status 'running'\)"):
         gather([unfinished])
     (unfinished / "run.json").unlink()
-    with pytest.raises(ValueError, match=r"no run.json that names its student"):
+    with pytest.raises(ValueError, match=r"no run.json that names its model"):
         gather([unfinished])
 
 

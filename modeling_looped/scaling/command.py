@@ -54,7 +54,7 @@ def parser() -> argparse.ArgumentParser:
     )
     add = made.add_argument
     add("--table", type=Path, metavar="FILE", help="CSV or TSV, one row per run")
-    add("--runs", nargs="+", type=Path, metavar="DIR", help="output folders of distillation runs, instead of a table")
+    add("--runs", nargs="+", type=Path, metavar="DIR", help="output folders of training runs, instead of a table")
     add("--evaluation", metavar="NAME", help="evaluation set of the runs whose loss is fitted, if there are several")
     add(
         "--names",
@@ -64,6 +64,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="OURS=THEIRS",
         help="columns that the file calls otherwise",
     )
+    add("--every-loop", action="store_true", help="of the runs, every loop count that they were evaluated at")
     add("--law", nargs="+", metavar="LAW", help=f"laws to fit: {', '.join(LAWS)}")
     add("--list", action="store_true", help="describe the laws and their columns, and stop")
     add("--where", metavar="EXPRESSION", help="use only these rows, such as 'trained_loops == 8'")
@@ -135,7 +136,8 @@ def runs_of(options: argparse.Namespace) -> tuple[pd.DataFrame, dict[str, Any]]:
     if options.table is not None:
         digest = hashlib.sha256(options.table.read_bytes()).hexdigest()
         return read_table(options.table, dict(options.names)), {"table": str(options.table), "sha256": digest}
-    return gather(options.runs, options.evaluation), {"runs": [str(folder) for folder in options.runs]}
+    table = gather(options.runs, options.evaluation, every_loop=options.every_loop)
+    return table, {"runs": [str(folder) for folder in options.runs]}
 
 
 def summary(fit: Fit) -> list[str]:
