@@ -58,6 +58,10 @@ def test_a_run_leaves_the_healed_model_and_its_record(place, finished):
     start = AutoModelForCausalLM.from_pretrained(finished / "start")
     assert not torch.equal(healed.get_input_embeddings().weight, start.get_input_embeddings().weight)
     assert record["metrics"]["eval_valid_kl"] > 0
+    # every loop's work, not six times the stored parameters
+    length = record["data"]["max_length"]
+    counted = healed.training_flops_per_token(sequence_length=length) * 1024
+    assert record["metrics"]["total_flos"] == counted
 
 
 def test_a_finished_run_is_a_row_of_a_scaling_table(finished):

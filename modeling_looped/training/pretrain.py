@@ -13,22 +13,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PrinterCallback, ProgressCallback
+from transformers import AutoTokenizer
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
-
-from modeling_looped.accounting import count_flops
-from modeling_looped.modeling_looped import LoopedPreTrainedModel
 
 from .data import collate_packed
 from .fresh_model import build_config, check_config, config_values, fresh_model
 from .guard import ExplosionError
 from .parameters import count
 from .pretraining import PretrainingConfig, PretrainingRun, PretrainingTrainer, check_eval_loops
-from .progress import ProgressLines
 from .recipe import parse_recipe
-from .record import check_same_run, finish, last_checkpoint, new_record, write_record
+from .record import check_same_run, last_checkpoint, new_record
 from .run_data import run_data, training_source
+from .session import train_and_record
 from .tokenizer import trained_tokenizer
 
 #: Folder of a trained tokenizer in that of the run.
@@ -90,24 +87,9 @@ def pretrain(
         data_collator=collate_packed,
         processing_class=tokenizer,
     )
-    if isinstance(fresh, LoopedPreTrainedModel):
-        count_flops(trainer)
     record["parameters"] = count(fresh.parameters())
     report(f"   {record['parameters'] / 1e6:.2f} M parameters")
-    progress = ProgressLines(report)
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(progress)
-    args.watch(trainer)
-    write_record(trainer, output, record)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.evaluate() if evaluations else {}
-    trainer.save_model()
-    trainer.save_state()
-    record = finish(record, trainer, {**result.metrics, **metrics}, progress.tokens_per_second)
-    write_record(trainer, output, record)
-    report(f"saved to {output}")
-    return record
+    return train_and_record(trainer, output, record, checkpoint=checkpoint, report=report)
 
 
 def tokenizer_of(

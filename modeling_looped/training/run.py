@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback
+from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
 from modeling_looped.conversion.teacher import TeacherFiles, find_teacher
@@ -16,10 +16,10 @@ from .config import DistillationConfig
 from .data import PackedBlocks, PackedStream, collate_packed
 from .layer_map import map_of_folder
 from .parameters import count
-from .progress import ProgressLines
 from .recipe import RunConfig, check_names
-from .record import RECORD, check_same_run, finish, last_checkpoint, new_record, write_record
+from .record import RECORD, check_same_run, last_checkpoint, new_record
 from .run_data import run_data, training_source
+from .session import train_and_record
 from .targets import TargetBlocks, compute_targets
 from .trainer import DistillationTrainer
 
@@ -95,20 +95,7 @@ def distill(
     for line in ("student", "trainable", "teacher"):
         number = record["parameters"][line]
         report(f"   {line}: {'-' if number is None else f'{number / 1e6:.2f} M'} parameters")
-    progress = ProgressLines(report)
-    for callback in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(callback)
-    trainer.add_callback(progress)
-    args.watch(trainer)
-    write_record(trainer, output, record)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.evaluate() if evaluations else {}
-    trainer.save_model()
-    trainer.save_state()
-    record = finish(record, trainer, {**result.metrics, **metrics}, progress.tokens_per_second)
-    write_record(trainer, output, record)
-    report(f"saved to {output}")
-    return record
+    return train_and_record(trainer, output, record, checkpoint=checkpoint, report=report)
 
 
 def with_targets(
