@@ -14,6 +14,8 @@ from helpers import VARIANTS, assert_close, random_tokens, stepwise_logits, tiny
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import QuantizedCache
 
+pytestmark = pytest.mark.usefixtures("quanto_without_compiler")
+
 LOOPS = (1, 4)
 
 QUANTISED = {

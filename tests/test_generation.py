@@ -61,6 +61,7 @@ def test_the_cache_that_generate_makes_has_the_slots_of_the_call(cache, num_loop
 
 
 @pytest.mark.parametrize("num_loops", [None, 2])
+@pytest.mark.usefixtures("quanto_without_compiler")
 @pytest.mark.parametrize("backend", ["quanto", "hqq"])
 def test_generate_with_a_quantised_cache_equals_a_quantised_cache_passed_in(backend, num_loops):
     model = tiny_model(std=1.0)
