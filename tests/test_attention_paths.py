@@ -67,8 +67,9 @@ def test_eager_and_flex_equal_sdpa(variant):
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated. Methods on autograd functions:DeprecationWarning")
 @torch.no_grad()
 def test_compiled_flex_equals_sdpa():
-    """As it runs for a user: FlexAttention compiled by inductor, which also works without a GPU. With one kind of mask,
-    since each compiles anew.
+    """As it runs for a user: FlexAttention compiled by inductor, which also works without a GPU.
+
+    With one kind of mask, since each compiles anew.
     """
     assert_implementations_agree(tiny_model(**VARIANTS["sliding"]), [{"attention_mask": MASK}])
 
