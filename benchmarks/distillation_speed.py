@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback
 
 from modeling_looped.conversion.teacher import find_teacher
+from modeling_looped.reporting.costs import markdown_table
 from modeling_looped.training import DistillationConfig, DistillationTrainer
 from modeling_looped.training.data import PackedBlocks, collate_packed
 
@@ -152,12 +153,11 @@ def main() -> None:
         "ratios": ratios,
         "first_loss": first,
     }
-    print("| plain loop, tokens/s | DistillationTrainer, tokens/s | ratio | first loss of each |")
-    print("|---|---|---|---|")
-    medians = results["tokens_per_second"]
+    header = ["plain loop, tokens/s", "DistillationTrainer, tokens/s", "ratio", "first loss of each"]
+    ratio = f"{results['ratio']:.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
+    losses = f"{first['plain']:.4f}, {first['trainer']:.4f}"
     print(
-        f"| {medians['plain']:.1f} | {medians['trainer']:.1f} | {results['ratio']:.2f}x "
-        f"({min(ratios):.2f} to {max(ratios):.2f}) | {first['plain']:.4f}, {first['trainer']:.4f} |"
+        markdown_table(header, [[*(f"{value:.1f}" for value in results["tokens_per_second"].values()), ratio, losses]])
     )
     if options.output:
         options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")

@@ -28,6 +28,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from modeling_looped.conversion.verification import mean_loss
+from modeling_looped.reporting.costs import markdown_table
 from modeling_looped.training.data import Source, packed_blocks
 
 PROGRAM = Path(__file__).parents[1] / "conversion" / "distill.py"
@@ -254,17 +255,21 @@ def main() -> None:
             rows.append(student(options, name, folder, seed, rates[name]))
             if options.output:  # after each run: a benchmark that is stopped keeps what it measured
                 options.output.write_text(json.dumps(table(options, rows, tuned), indent=2) + "\n", encoding="utf-8")
-    print("| student | seed | rate | M parameters | tokens |" + "".join(f" {s}: start | healed | gap |" for s in sets))
-    print("|---|---|---|---|---|" + "---|---|---|" * len(sets))
+    header = ["student", "seed", "rate", "M parameters", "tokens"]
+    header += [column for name in sets for column in (f"{name}: start", "healed", "gap")]
+    lines, deeper = [], []
     for row in table(options, rows, tuned)["rows"]:
         cells = [row["name"], row["seed"], row["learning_rate"], f"{row['parameters'] / 1e6:.1f}", row["tokens"]]
         for set_name in sets:
             before, share = row["before"].get(set_name), row["share_of_gap"].get(set_name)
             cells += ["-" if before is None else f"{before:.3f}", f"{row['after'][set_name]:.3f}"]
             cells += ["-" if share is None else f"{share:.0%}"]
-        print("| " + " | ".join(map(str, cells)) + " |")
+        lines.append(cells)
         for loops, losses in row.get("after_by_loops", {}).items():
-            print(f"    {loops} loops: " + ", ".join(f"{set_name} {loss:.3f}" for set_name, loss in losses.items()))
+            deeper.append([row["name"], row["seed"], loops, *(f"{losses[set_name]:.3f}" for set_name in sets)])
+    print(markdown_table(header, lines))
+    if deeper:
+        print("\n" + markdown_table(["student", "seed", "loops", *sets], deeper))
 
 
 def table(options: argparse.Namespace, rows: list[dict], tuned: list[dict]) -> dict:

@@ -21,6 +21,8 @@ from pathlib import Path
 
 from healing import distil, mixed, named, train
 
+from modeling_looped.reporting.costs import markdown_table
+
 PROGRAM = Path(__file__).parents[1] / "conversion" / "compress.py"
 
 #: Name of a rule -> options of `conversion/compress.py`.
@@ -96,11 +98,9 @@ def main() -> None:
             }
             options.output.write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
     sets = [name for name, _ in options.eval]
-    print(
-        "| start | rank | stage 1 | M parameters |"
-        + "".join(f" {name}: start | healed (each seed) |" for name in sets)
-    )
-    print("|---|---|---|---|" + "---|---|" * len(sets))
+    header = ["start", "rank", "stage 1", "M parameters"]
+    header += [column for name in sets for column in (f"{name}: start", "healed (each seed)")]
+    lines = []
     for key in dict.fromkeys((row["rule"], row["rank"], row["stage_one"]) for row in rows):
         mine = [row for row in rows if (row["rule"], row["rank"], row["stage_one"]) == key]
         line = [key[0], key[1], "yes" if key[2] else "no", f"{mine[0]['parameters'] / 1e6:.1f}"]
@@ -109,7 +109,8 @@ def main() -> None:
             begins = [row["before"][name] for row in rows if (row["rule"], row["rank"]) == key[:2] and row["before"]]
             line.append(f"{begins[0]:.3f}")
             line.append(f"{statistics.fmean(losses):.3f} ({', '.join(f'{loss:.3f}' for loss in losses)})")
-        print("| " + " | ".join(map(str, line)) + " |")
+        lines.append(line)
+    print(markdown_table(header, lines))
 
 
 if __name__ == "__main__":

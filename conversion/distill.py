@@ -56,12 +56,7 @@ def calibration_text(run: RunConfig, args: DistillationConfig) -> Path:
     """A file with the beginning of the text to train on, for a start that is fitted to text."""
     output = Path(str(args.output_dir))
     output.mkdir(parents=True, exist_ok=True)
-    documents, characters = [], 0
-    for document in training_source(run, args).documents():
-        documents.append(document)
-        characters += len(document)
-        if characters > CALIBRATION_CHARACTERS:
-            break
+    documents = training_source(run, args).beginning(CALIBRATION_CHARACTERS)
     file = output / "calibration.txt"
     file.write_text("\n\n".join(documents), encoding="utf-8")
     return file

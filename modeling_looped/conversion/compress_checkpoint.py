@@ -190,13 +190,7 @@ def beginning(file: Path, tokens: int) -> str:
     """
     if file.suffix not in (".json", ".jsonl", ".parquet"):
         return file.read_text(encoding="utf-8")
-    documents, characters = [], 0
-    for document in Source(str(file), streaming=True).documents():
-        documents.append(document)
-        characters += len(document)
-        if characters > CHARACTERS_PER_TOKEN * tokens:
-            break
-    return "\n\n".join(documents)
+    return "\n\n".join(Source(str(file), streaming=True).beginning(CHARACTERS_PER_TOKEN * tokens))
 
 
 def error_table(errors: Sequence[InitialError]) -> list[str]:

@@ -84,6 +84,16 @@ class Source:
             if text.strip():
                 yield text
 
+    def beginning(self, characters: int) -> list[str]:
+        """The first documents, until they have more than so many characters together."""
+        found, length = [], 0
+        for document in self.documents():
+            found.append(document)
+            length += len(document)
+            if length > characters:
+                break
+        return found
+
     def _rows(self) -> Any:
         place = Path(self.path).expanduser()
         if not place.exists():
