@@ -20,7 +20,6 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +35,12 @@ PROGRAM = Path(__file__).parents[1] / "conversion" / "distill.py"
 #: Tokens in a block.
 LENGTH = 256
 
-#: Characters of a document that are mixed at a time: texts alternate within a batch, not from one book to the next.
-PIECE = 1000
+#: Characters of a document that are mixed, from its beginning: a short run shall see many documents, not a few long.
+BEGINNING = 2000
 
-#: Pieces that a document gives at most: a short run shall see many documents, not a few long ones.
-PIECES = 2
+#: Characters that are mixed for a token of the run: hardly more than it reads, such that calibration on the same file
+#: sees the same text.
+CHARACTERS = 5
 
 
 def named(text: str) -> tuple[str, Path]:
@@ -100,24 +100,19 @@ def parse() -> argparse.Namespace:
 
 
 def mixed(options: argparse.Namespace) -> Path:
-    """A file to train on in which pieces of all the texts take turns, in random order, enough for the run."""
+    """A file to train on in which documents of all the texts take turns, in random order, enough for the run."""
     if len(options.text) == 1:
         return options.text[0]
     file = options.work / "text.jsonl"
     if not file.exists():
-        sources = [pieces(Source(str(text), seed=0).documents()) for text in options.text]
-        turns = itertools.islice(zip(*sources, strict=False), 8 * options.tokens // (PIECE * len(sources)) + 1)
-        lines = [json.dumps({"text": piece}) + "\n" for turn in turns for piece in turn]
+        sources = [Source(str(text), seed=0).documents() for text in options.text]
+        turns = itertools.islice(
+            zip(*sources, strict=False), CHARACTERS * options.tokens // (BEGINNING * len(sources)) + 1
+        )
+        lines = [json.dumps({"text": document[:BEGINNING]}) + "\n" for turn in turns for document in turn]
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(lines), encoding="utf-8")
     return file
-
-
-def pieces(documents: Iterator[str]) -> Iterator[str]:
-    """The beginnings of the documents, in pieces."""
-    for document in documents:
-        for start in range(0, min(len(document), PIECES * PIECE), PIECE):
-            yield document[start : start + PIECE]
 
 
 def distil(

@@ -4,6 +4,7 @@
         --prelude 13 --core 4 --coda 13 --loops 2 --output build/smollm2-looped
 
 The result keeps all layers and equals the teacher at one loop, which is checked on text before anything is written.
+More loops are damped, which needs no training; with --identity-rank they do nothing until they are trained.
 """
 
 import argparse
@@ -32,6 +33,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--core", required=True, type=int, metavar="R", help="middle layers, run in every loop")
     add("--coda", required=True, type=int, metavar="C", help="last layers, run once after the loops")
     add("--loops", required=True, type=int, metavar="T", help="loop count that the model is set to")
+    add(
+        "--identity-rank",
+        type=int,
+        metavar="R",
+        help="to train: loops after the first start as the identity, with low-rank weights (default: damped loops)",
+    )
     add("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     add("--text", type=Path, metavar="FILE", default=HELD_OUT_TEXT, help="held-out text to compare and measure on")
     add(

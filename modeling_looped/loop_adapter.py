@@ -60,7 +60,9 @@ class LoraLoopAdapter(LoopAdapter):
         loops: those that have an adapter, ascending, from 0; the others use the shared weights as they are. `None`:
             all.
         shared_scale: c_t: `none`, 1 everywhere, or `per_channel`, a learned factor per output channel and adapted
-            loop, which says how much of the shared weight that loop uses. It starts at 1.
+            loop, which says how much of the shared weight that loop uses.
+        initial_scale: where these factors start. At 0, with `targets` o_proj and down_proj and `loops` from 1 on, the
+            further loops start as the identity and yet learn at once, which a gate near 0 does not let them.
         """
 
         rank: int = 8
@@ -71,10 +73,17 @@ class LoraLoopAdapter(LoopAdapter):
         ranks: tuple[int, ...] | None = None
         loops: tuple[int, ...] | None = None
         shared_scale: str = "none"
+        initial_scale: float = 1.0
 
         def __post_init__(self):
             if self.shared_scale not in ("none", "per_channel"):
                 raise ValueError(f"shared_scale={self.shared_scale!r} must be one of: none, per_channel.")
+            if not math.isfinite(self.initial_scale):
+                raise ValueError(f"initial_scale={self.initial_scale!r} must be a finite number.")
+            if self.initial_scale != 1.0 and self.shared_scale == "none":
+                raise ValueError(
+                    f"initial_scale={self.initial_scale} is the start of shared_scale='per_channel', not of 'none'."
+                )
             if self.loops is not None and (not self.loops or sorted(set(self.loops)) != [*self.loops]):
                 raise ValueError(f"loops={self.loops!r} must be None (all) or ascending loop numbers, at least one.")
             if self.biases not in ("shared", "per_loop"):
@@ -111,7 +120,7 @@ class LoraLoopAdapter(LoopAdapter):
             table_loops=self.params.table_loops,
             bias=has_bias and self.params.biases == "per_loop",
             loops=self.params.loops,
-            shared_scale=self.params.shared_scale != "none",
+            initial_scale=None if self.params.shared_scale == "none" else self.params.initial_scale,
         )
 
 
@@ -126,8 +135,11 @@ class LoopLoRA(SelfInitialised):
         table_loops: T.
         bias: whether each loop has a difference of the bias too.
         loops: those that have an adapter; `None`: all.
-        shared_scale: whether each loop has a factor on the shared projection's output channels.
+        initial_scale: start of each loop's factors on the shared projection's output channels; `None`: no factors.
     """
+
+    #: Where these parameters are in a model's state dict.
+    WHERE = "model.layers.{layer}.{part}.loop_adapters.{projection}.{parameter}"
 
     def __init__(
         self,
@@ -139,7 +151,7 @@ class LoopLoRA(SelfInitialised):
         table_loops: int,
         bias: bool = False,
         loops: Sequence[int] | None = None,
-        shared_scale: bool = False,
+        initial_scale: float | None = None,
     ):
         super().__init__()
         self.scale = scale
@@ -152,7 +164,8 @@ class LoopLoRA(SelfInitialised):
         self.A = nn.Parameter(torch.empty(rows, rank, in_features))
         self.B = nn.Parameter(torch.empty(rows, out_features, rank))
         self.bias = nn.Parameter(torch.empty(rows, out_features)) if bias else None
-        self.shared_scale = nn.Parameter(torch.empty(rows, out_features)) if shared_scale else None
+        self.initial_scale = initial_scale
+        self.shared_scale = None if initial_scale is None else nn.Parameter(torch.empty(rows, out_features))
 
     def init_weights(self) -> None:
         # LoRA's usual start (arXiv 2106.09685): the difference is zero and A is Kaiming-uniform with a = sqrt(5).
@@ -162,7 +175,7 @@ class LoopLoRA(SelfInitialised):
         if self.bias is not None:
             init.zeros_(self.bias)
         if self.shared_scale is not None:
-            init.ones_(self.shared_scale)
+            init.constant_(self.shared_scale, self.initial_scale)
 
     def row(self, loop_idx: int) -> int | None:
         """Row of the tables that loop `loop_idx` uses, if it has an adapter; loops beyond T do as the last of them."""

@@ -11,6 +11,7 @@ from modeling_looped.conversion import (
     ConversionError,
     check_split,
     compare_at_one_loop,
+    identity_loops,
     loss_by_loops,
     retrofit,
     text_windows,
@@ -90,6 +91,26 @@ def test_an_update_with_weights_of_its_own_starts_as_the_teacher_too():
     looped = retrofit(teacher, 2, 3, 1, 4, loop_update={"type": "gated", "initial_gate": 0.25, "free_loops": 1})
     assert torch.allclose(torch.sigmoid(looped.model.loop_update.gate), torch.tensor(0.25))
     assert_close(looped(tokens, num_loops=1).logits, teacher(tokens).logits)
+
+
+def test_identity_loops_start_as_the_teacher_at_every_count_and_learn_at_once():
+    teacher, tokens = tiny_teacher("llama"), random_tokens()
+    looped = retrofit(teacher, 2, 3, 1, 4, **identity_loops(2, 4))
+    for loops in (1, 2, 4, 6):
+        assert_close(looped(tokens, num_loops=loops).logits, teacher(tokens).logits)
+    looped(tokens, labels=tokens, num_loops=4).loss.backward()
+    for layer in looped.model.layers[2:5]:
+        for adapter in (layer.self_attn.loop_adapters.o_proj, layer.mlp.loop_adapters.down_proj):
+            assert adapter.A.shape[0] == 3  # one for each loop after the first
+            assert adapter.B.grad.flatten(1).norm(dim=1).min() > 0
+            assert adapter.shared_scale.grad.norm(dim=1).min() > 0
+
+
+def test_identity_loops_are_refused_where_nothing_loops_and_behind_norms():
+    with pytest.raises(ValueError, match="loops=1 must be at least 2"):
+        identity_loops(2, 1)
+    with pytest.raises(ValueError, match="would start branches of olmo2 at zero"):
+        retrofit(tiny_teacher("olmo2"), 2, 3, 1, 4, **identity_loops(2, 4))
 
 
 @pytest.mark.parametrize("update", ["learned_scale", {"type": "damped", "steps": 2}, "gated"], ids=str)

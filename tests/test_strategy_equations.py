@@ -243,7 +243,7 @@ def test_the_loop_lora_leaves_the_other_loops_alone():
 
 
 def test_the_loop_lora_scales_what_is_shared():
-    adapter = loop_lora(loops=[1], shared_scale=True)
+    adapter = loop_lora(loops=[1], initial_scale=1.0)
     adapter.init_weights()
     torch.testing.assert_close(adapter(INPUTS, 1, SHARED), SHARED)
     fill(adapter.shared_scale, torch.tensor([[0.5, 0.0]]))
@@ -252,7 +252,7 @@ def test_the_loop_lora_scales_what_is_shared():
     torch.testing.assert_close(adapter(INPUTS, 1, SHARED), torch.tensor([50.0, 14.0]))
 
 
-@pytest.mark.parametrize("options", [{}, {"loops": [1]}, {"shared_scale": True}, {"bias": True, "shared_scale": True}])
+@pytest.mark.parametrize("options", [{}, {"loops": [1]}, {"initial_scale": 1.0}, {"bias": True, "initial_scale": 0.0}])
 def test_what_a_loop_lora_merges_is_what_it_does(options):
     adapter = LoopLoRA(3, 2, rank=1, scale=2.0, table_loops=3, **options)
     for parameter in adapter.parameters():

@@ -16,7 +16,7 @@ from modeling_looped.modeling_looped import LoopedForCausalLM
 
 from .manifest import manifest_json, retrofit_manifest
 from .output_folder import MANIFEST, check_output, staged
-from .retrofit import retrofit, retrofit_config
+from .retrofit import identity_loops, retrofit, retrofit_config
 from .special_tokens import align_special_tokens
 from .teacher import TeacherFiles, find_teacher, sha256
 from .verification import (
@@ -52,6 +52,7 @@ def retrofit_checkpoint(
     core: int,
     coda: int,
     loops: int,
+    identity_rank: int | None = None,
     gguf_file: str | None = None,
     revision: str | None = None,
     text: Path = HELD_OUT_TEXT,
@@ -71,6 +72,8 @@ def retrofit_checkpoint(
         teacher: folder or Hub id of a stacked checkpoint, or what `find_teacher` made of it.
         output: folder to write; must not exist or be empty, unless `overwrite`.
         prelude, core, coda, loops: as in `retrofit`.
+        identity_rank: loops after the first start as the identity, with low-rank weights of this rank; `None`: they
+            are damped, and need no training.
         gguf_file, revision: as in `find_teacher`, of a teacher that is given by name.
         text: file of held-out text, for the comparison and the losses.
         tolerance: largest difference of two logits that counts as equal.
@@ -94,7 +97,8 @@ def retrofit_checkpoint(
         teacher = find_teacher(teacher, gguf_file=gguf_file, revision=revision)
     step("reading its config")
     stock = teacher.config
-    planned = retrofit_config(stock, prelude, core, coda, loops)
+    further = {} if identity_rank is None else identity_loops(identity_rank, loops)
+    planned = retrofit_config(stock, prelude, core, coda, loops, **further)
     report(
         f"   {stock.model_type}, {stock.num_hidden_layers} layers of width {stock.hidden_size}: {prelude} prelude + "
         f"{core} core x {loops} + {coda} coda = {planned.num_hidden_layers} slots"
@@ -109,7 +113,7 @@ def retrofit_checkpoint(
     for line in repairs:
         report(f"   {line}")
     step("copying its layers")
-    looped = retrofit(source, prelude, core, coda, loops)
+    looped = retrofit(source, prelude, core, coda, loops, **further)
 
     step(f"comparing with the teacher at num_loops=1, on {sum(map(torch.numel, windows))} tokens of {text.name}")
     exact_source, exact = in_full_precision(source), in_full_precision(looped)

@@ -38,6 +38,7 @@ def retrofit_manifest(teacher: PreTrainedModel, looped: LoopedForCausalLM) -> di
         "coda": config.num_coda_layers,
         "loops": config.num_loops,
         "loop_update": config.loop_update,
+        "loop_adapter": config.loop_adapter,
         "trained_loops": 1,
         "layers": layer_map(config.slot_layout()),
         "weights": weight_map(teacher),

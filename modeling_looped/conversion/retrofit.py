@@ -2,10 +2,13 @@
 
 All layers are kept: the first become the prelude, the middle ones the core, the last ones the coda. Further loops run
 the core again with a damped update, s <- (1 - 1/T) s + (1/T) core(s) ("Training-free looped transformers", arXiv
-2605.23872), which keeps the state near what the coda expects, without any training.
+2605.23872), which keeps the state near what the coda expects, without any training. Or, for a model that is to be
+trained, they start as the identity, on which `identity_loops` says more.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from transformers.configuration_utils import PreTrainedConfig
@@ -13,6 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from modeling_looped.configuration_looped import LoopedConfig
 from modeling_looped.families import family_of
+from modeling_looped.loop_adapter import LoopLoRA
 from modeling_looped.loop_update import LoopUpdate
 from modeling_looped.modeling_looped import LoopedForCausalLM
 from modeling_looped.slots import checked_num_loops
@@ -27,6 +31,7 @@ def retrofit(
     loops: int,
     *,
     loop_update: dict | str = "damped",
+    loop_adapter: dict | str = "none",
 ) -> LoopedForCausalLM:
     """A looped model that keeps all layers of `teacher` and equals it at `num_loops=1`.
 
@@ -35,6 +40,7 @@ def retrofit(
         prelude, core, coda: how many of its layers become each part; together all of them.
         loops: loop count that the model is set to.
         loop_update: spec of the update between loops, one that is s <- y at one loop.
+        loop_adapter: spec of what the layers do differently in each loop, nothing at the start of the first.
 
     Returns:
         the looped model, with weights of its own in the teacher's dtype and on its device.
@@ -50,7 +56,9 @@ def retrofit(
             f"the teacher is quantised ({quantizer.quantization_config.quant_method.value}), and a looped model is "
             "made from plain weights: load it without a quantization_config, or call its dequantize() first."
         )
-    config = retrofit_config(teacher.config, prelude, core, coda, loops, loop_update=loop_update)
+    config = retrofit_config(
+        teacher.config, prelude, core, coda, loops, loop_update=loop_update, loop_adapter=loop_adapter
+    )
     with torch.device("meta"):
         skeleton = LoopedForCausalLM(config)
     update = skeleton.get_submodule("model.loop_update")
@@ -59,19 +67,49 @@ def retrofit(
             f"loop_update={config.loop_update!r} would change the function at one loop: use one that does not."
         )
     rules = family_of(teacher.config).state_map(tied=config.tie_word_embeddings).rules
-    own = New("model.loop_update.{parameter}", "the update's own parameters start at their initialisation")
-    return convert(teacher, teacher.state_dict(), StateMap(*rules, own), skeleton)
+    starts = "its own parameters start at their initialisation"
+    own = (New("model.loop_update.{parameter}", starts), New(LoopLoRA.WHERE, starts))
+    return convert(teacher, teacher.state_dict(), StateMap(*rules, *own), skeleton)
+
+
+def identity_loops(rank: int, loops: int) -> dict[str, Any]:
+    """`loop_update` and `loop_adapter` of a retrofit whose loops after the first start as the identity, at any count.
+
+    There the projections that end a branch are c W + B A, with c and B zero at the start: nothing is added to the
+    state until training adds it, and unlike behind a gate near zero, c and B get their whole gradient from the first
+    step on.
+
+    Args:
+        rank: r of the low-rank weights B A.
+        loops: loops with c, B and A of their own; further ones use the last.
+
+    Raises:
+        ValueError: for fewer than two loops, none of which would be a further one.
+    """
+    if loops < 2:
+        raise ValueError(f"loops={loops} must be at least 2 for loops after the first that start as the identity.")
+    ends = ("o_proj", "down_proj")
+    scale = {"shared_scale": "per_channel", "initial_scale": 0.0}
+    own = {"loops": tuple(range(1, loops)), "table_loops": loops}
+    return {"loop_update": "replace", "loop_adapter": {"type": "lora", "rank": rank, "targets": ends, **own, **scale}}
 
 
 def retrofit_config(
-    stock: PreTrainedConfig, prelude: int, core: int, coda: int, loops: int, *, loop_update: dict | str = "damped"
+    stock: PreTrainedConfig,
+    prelude: int,
+    core: int,
+    coda: int,
+    loops: int,
+    *,
+    loop_update: dict | str = "damped",
+    loop_adapter: dict | str = "none",
 ) -> LoopedConfig:
     """The config of the retrofit of a teacher whose config is `stock`. Arguments and errors as in `retrofit`."""
     fields = family_of(stock).looped_fields(stock)
     check_split(stock.num_hidden_layers, prelude, core, coda)
     # `max_trained_loops` stays open: the damped update is made for loop counts that nobody trained, and a warning at
     # every one of them would say less than the table of losses in the manifest.
-    return LoopedConfig(
+    config = LoopedConfig(
         **fields,
         num_prelude_layers=prelude,
         num_core_layers=core,
@@ -81,7 +119,14 @@ def retrofit_config(
         state_init="input",
         prelude_norm=False,
         loop_update=loop_update,
+        loop_adapter=loop_adapter,
     )
+    if config.loop_adapter.get("initial_scale") == 0.0 and config.norm_placement != "pre":
+        raise ValueError(
+            f"initial_scale=0.0 would start branches of {stock.model_type} at zero, and the norm behind them has no "
+            "usable gradient there: loops that start as the identity need norms before the branches only."
+        )
+    return config
 
 
 def check_split(num_layers: int, prelude: int, core: int, coda: int) -> None:
@@ -103,4 +148,4 @@ def check_split(num_layers: int, prelude: int, core: int, coda: int) -> None:
     )
 
 
-__all__ = ["check_split", "retrofit", "retrofit_config"]
+__all__ = ["check_split", "identity_loops", "retrofit", "retrofit_config"]
