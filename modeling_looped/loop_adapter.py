@@ -174,7 +174,7 @@ class LoopLoRA(SelfInitialised):
         init.zeros_(self.B)
         if self.bias is not None:
             init.zeros_(self.bias)
-        if self.shared_scale is not None:
+        if self.shared_scale is not None and self.initial_scale is not None:
             init.constant_(self.shared_scale, self.initial_scale)
 
     def row(self, loop_idx: int) -> int | None:
