@@ -30,6 +30,7 @@ RULES = {
     "average, svd": ("--merge", "average", "--adapter", "svd"),
     "average, weighted svd": ("--merge", "average", "--adapter", "weighted_svd"),
     "first, fitted": ("--merge", "first", "--adapter", "fitted"),
+    "first, fitted alone": ("--merge", "first", "--adapter", "fitted_alone"),
 }
 
 

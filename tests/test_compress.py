@@ -231,9 +231,9 @@ def test_layers_of_unlike_attention_do_not_share():
         compress(tiny_teacher("qwen2-windows"), PLAN)
 
 
-def fitted(teacher, rank, plan=PLAN, merge="first", **options):
+def fitted(teacher, rank, plan=PLAN, merge="first", adapter="fitted", **options):
     windows = [random_tokens(1, 24, seed=seed) for seed in range(8)]
-    return compress(teacher, plan, rank=rank, merge=merge, adapter="fitted", windows=windows, **options)
+    return compress(teacher, plan, rank=rank, merge=merge, adapter=adapter, windows=windows, **options)
 
 
 @pytest.mark.parametrize("merge", ["first", "last"])
@@ -260,6 +260,15 @@ def test_one_loop_of_a_fitted_model_is_the_teacher_without_the_layers_that_loops
     model = fitted(teacher, 4).model
     dropped = compress(teacher, kept_plan([0, 1, 2, 5], [1, 2], 1)).model
     assert_close(model(tokens, num_loops=1).logits, dropped(tokens).logits)
+
+
+@torch.no_grad()
+def test_fitted_alone_the_low_rank_weights_do_everything():
+    teacher, tokens = tiny_teacher("llama"), random_tokens(2, 11)
+    model = fitted(teacher, FULL, adapter="fitted_alone").model
+    scales = [value for name, value in model.named_parameters() if name.endswith("shared_scale")]
+    assert scales and not any(scale.any() for scale in scales)
+    assert_close(model(tokens).logits, teacher(tokens).logits, atol=5e-4)
 
 
 @torch.no_grad()

@@ -27,7 +27,10 @@ from .layer_plan import LayerPlan
 from .merging import CALIBRATED_MERGES, MERGES, InitialError, low_rank, relative_error
 from .verification import in_full_precision
 
-ADAPTERS = ("svd", "weighted_svd", "fitted")
+#: Ways to find low-rank differences that are solved for -> whether the shared weight takes part.
+FITTED = {"fitted": True, "fitted_alone": False}
+
+ADAPTERS = ("svd", "weighted_svd", *FITTED)
 
 #: Merging rules that keep one loop's layers as they are -> the loop, of so many.
 ANCHORS = {"first": lambda loops: 0, "last": lambda loops: loops - 1, "middle": lambda loops: loops // 2}
@@ -65,7 +68,8 @@ def compress(
         adapter: `svd`, nearest to the lost weights; `weighted_svd`, nearest in what they do to the inputs that
             calibration saw; or `fitted`, solved for slot after slot such that the states follow the teacher's on
             `windows` (see fitting.py). With `fitted` a loop has a factor on the shared weights too, and the loop whose
-            layers are the shared ones (`merge` `first` or `last`) needs no adapter and has none.
+            layers are the shared ones (`merge` `first` or `last`) needs no adapter and has none. `fitted_alone`: these
+            factors are 0, so that the low-rank weights do everything; to find out what the shared ones give.
         alignment: what is reordered to match before merging: `none`, `neurons` or `neurons_and_heads`.
         calibration: needed by `least_squares` and `weighted_svd`, for the layers that the core stands for.
         windows: text for `fitted`, token ids [1, S], equally long.
@@ -80,11 +84,11 @@ def compress(
         ValueError: for a plan or option that does not fit; names it and what is allowed.
     """
     weighs = check_options(rank, merge, adapter, alignment, calibration)
-    fits = rank > 0 and adapter == "fitted"
+    fits = rank > 0 and adapter in FITTED
     if fits and not windows:
-        raise ValueError("adapter='fitted': pass windows, the text on which it fits.")
+        raise ValueError(f"adapter={adapter!r}: pass windows, the text on which it fits.")
     if fits and alignment != "none":
-        raise ValueError(f"alignment={alignment!r} must be 'none' with adapter='fitted', which solves for each loop.")
+        raise ValueError(f"alignment={alignment!r} must be 'none' with adapter={adapter!r}, which solves per loop.")
     if calibration is not None:
         unseen = sorted({layer for group in plan.core for layer in group} - calibration.layers)
         if unseen and weighs:
@@ -93,7 +97,7 @@ def compress(
     anchor = ANCHORS[merge](plan.num_loops) if merge in ANCHORS else None
     adapted = [loop for loop in range(plan.num_loops) if loop != anchor]
     if fits and not adapted:
-        raise ValueError(f"adapter='fitted' with merge={merge!r} has nothing to fit in num_loops={plan.num_loops}.")
+        raise ValueError(f"adapter={adapter!r} with merge={merge!r} has nothing to fit in num_loops={plan.num_loops}.")
     config = compressed_config(teacher, plan, rank, loop_update, adapted if fits else None)
     stack = teacher_layers(teacher)
     state = {name: tensor for name, tensor in stack.items() if not name.startswith("model.layers.")}
@@ -122,7 +126,7 @@ def compress(
     model = filled(teacher, {k: v.to(teacher.dtype) for k, v in state.items()}, skeleton)
     if fits:
         exact = in_full_precision(teacher)
-        errors = fit_adapters(model.float(), exact, plan, windows, progress=progress)
+        errors = fit_adapters(model.float(), exact, plan, windows, shares=FITTED[adapter], progress=progress)
         nn.Module.to(model, teacher.dtype)
     return Compressed(model, errors)
 
@@ -262,4 +266,4 @@ def check_options(rank: int, merge: str, adapter: str, alignment: str, calibrati
     return weighs
 
 
-__all__ = ["ADAPTERS", "Compressed", "InitialError", "compress"]
+__all__ = ["ADAPTERS", "FITTED", "Compressed", "InitialError", "compress"]

@@ -18,7 +18,7 @@ from modeling_looped.training.data import Source
 
 from .calibration import Calibration, calibrate
 from .checkpoint import Steps, check_device, write_result
-from .compress import compress
+from .compress import FITTED, compress
 from .layer_plan import LayerPlan
 from .manifest import versions
 from .merging import CALIBRATED_MERGES, InitialError
@@ -85,8 +85,8 @@ def compress_checkpoint(
     step = Steps(report)
     check_output(output, overwrite=overwrite)
     check_device(device)
-    if adapter == "fitted" and rank and calibration_text is None:
-        raise ValueError("adapter='fitted' needs calibration_text, on which it fits.")
+    if adapter in FITTED and rank and calibration_text is None:
+        raise ValueError(f"adapter={adapter!r} needs calibration_text, on which it fits.")
     if calibration_tokens < 1:
         raise ValueError(f"calibration_tokens={calibration_tokens} must be at least 1.")
     content = text.read_text(encoding="utf-8")
@@ -114,14 +114,14 @@ def compress_checkpoint(
     if seen_text is not None:
         windows = text_windows(tokenizer, seen_text, length=length)[: max(1, calibration_tokens // length)]
         # fitting makes statistics of its own, of the student
-        measured = () if adapter == "fitted" and merge not in CALIBRATED_MERGES else None
+        measured = () if adapter in FITTED and merge not in CALIBRATED_MERGES else None
         if searches or measured is None:
             step(f"calibrating on {sum(map(torch.numel, windows))} tokens of {Path(str(calibration_text)).name}")
             calibration = calibrate(in_full_precision(source), windows, layers=measured)
     plan = planner(layers, calibration)
     for line in plan.rows():
         report(f"   {line}")
-    fitted = f" and fitting their adapters to {sum(map(torch.numel, windows))} tokens" if adapter == "fitted" else ""
+    fitted = f" and fitting their adapters to {sum(map(torch.numel, windows))} tokens" if adapter in FITTED else ""
     step(f"merging layers{fitted}")
     model, errors = compress(
         source,

@@ -43,7 +43,14 @@ class Fit(NamedTuple):
 
 
 def fit_weight(
-    inputs: Tensor, token_weights: Tensor, shared: Tensor, own: Tensor, rank: int, targets: Tensor | None = None
+    inputs: Tensor,
+    token_weights: Tensor,
+    shared: Tensor,
+    own: Tensor,
+    rank: int,
+    targets: Tensor | None = None,
+    *,
+    shares: bool = True,
 ) -> Fit:
     r"""The weight M = diag(c) W + B A that comes nearest to what a projection should do to its inputs.
 
@@ -59,6 +66,7 @@ def fit_weight(
         own: W_l, the teacher's weight, [out, in].
         rank: r.
         targets: y, what it should give, [n, out]; `None`: W_l x.
+        shares: whether the shared weight takes part; if not, c is 0.
     """
     weighted = inputs * token_weights[:, None]
     moment = (weighted.T @ inputs).double() / len(inputs)
@@ -70,7 +78,7 @@ def fit_weight(
         best = torch.linalg.solve(moment, cross, left=False)
     base = shared.double()
     reach = base @ moment
-    scale = (best * reach).sum(-1) / (base * reach).sum(-1).clamp_min(1e-12)
+    scale = (best * reach).sum(-1) / (base * reach).sum(-1).clamp_min(1e-12) * shares
     B, A = low_rank((best - scale[:, None] * base).float(), rank, moment.float())
     return Fit(scale.float(), B, A)
 
@@ -82,6 +90,7 @@ def fit_adapters(
     plan: LayerPlan,
     windows: Sequence[Tensor],
     *,
+    shares: bool = True,
     progress: Callable[[str], object] = lambda line: None,
 ) -> list[InitialError]:
     """Solve for the loop adapters of `student`, in place, such that its states follow the teacher's on `windows`.
@@ -96,6 +105,7 @@ def fit_adapters(
         windows: calibration text, token ids [1, S], equally long (others are left out). All of it is in memory at
             once, with five states of the teacher for every layer that an adapter stands for: 20 * D bytes per token
             and layer.
+        shares: as in `fit_weight`.
         progress: gets a line per slot.
 
     Raises:
@@ -111,7 +121,7 @@ def fit_adapters(
         raise ValueError(f"loop_adapter={spec} must be a 'lora' with shared_scale='per_channel' to be fitted.")
     loops = range(plan.num_loops) if spec["loops"] is None else spec["loops"]
     layers = {group[loop] for group in plan.core for loop in loops}
-    fitter = Fitter(student, plan, record(teacher, layers, ids), progress)
+    fitter = Fitter(student, plan, record(teacher, layers, ids), shares, progress)
     was_training = student.training
     try:
         student.eval().model(ids, use_cache=False)
@@ -164,12 +174,14 @@ class Fitter:
     """Hooks on a student's loop adapters, each of which solves for its weights when its inputs arrive.
 
     Args:
-        student, plan, progress: as in `fit_adapters`.
+        student, plan, shares, progress: as in `fit_adapters`.
         teacher: what the teacher has.
     """
 
-    def __init__(self, student: LoopedForCausalLM, plan: LayerPlan, teacher: Record, progress: Callable):
-        self.teacher, self.plan, self.progress = teacher, plan, progress
+    def __init__(
+        self, student: LoopedForCausalLM, plan: LayerPlan, teacher: Record, shares: bool, progress: Callable
+    ):
+        self.teacher, self.plan, self.shares, self.progress = teacher, plan, shares, progress
         self.fitted: list[InitialError] = []
         self.handles: list[Any] = []
         self._residual: dict[str, Tensor] = {}
@@ -211,7 +223,7 @@ class Fitter:
         importance = self.teacher[layer, where].float().square().sum(-1).clamp_min(1e-12).reciprocal()
         importance = (importance / importance.mean()).clamp_max(LARGEST_WEIGHT)
         rank, shared_weight = adapter.A.shape[1], projection.weight.float()
-        fit = fit_weight(inputs, importance, shared_weight, weight, rank, targets)
+        fit = fit_weight(inputs, importance, shared_weight, weight, rank, targets, shares=self.shares)
         adapter.A[row], adapter.B[row] = fit.A / adapter.scale, fit.B
         if adapter.shared_scale is not None:
             adapter.shared_scale[row] = fit.scale
