@@ -178,9 +178,7 @@ class Fitter:
         teacher: what the teacher has.
     """
 
-    def __init__(
-        self, student: LoopedForCausalLM, plan: LayerPlan, teacher: Record, shares: bool, progress: Callable
-    ):
+    def __init__(self, student: LoopedForCausalLM, plan: LayerPlan, teacher: Record, shares: bool, progress: Callable):
         self.teacher, self.plan, self.shares, self.progress = teacher, plan, shares, progress
         self.fitted: list[InitialError] = []
         self.handles: list[Any] = []
