@@ -206,7 +206,7 @@ def student(
 @torch.no_grad()
 def by_loops(options: argparse.Namespace, folder: Path) -> dict[str, dict[str, float]]:
     """Losses of a trained student at other loop counts, on the same blocks; measured once."""
-    file = folder / "losses_by_loops.json"
+    file = folder / f"losses_by_loops-{options.eval_tokens}.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     missing = [loops for loops in map(str, options.measured_loops) if loops not in known]
     if missing:

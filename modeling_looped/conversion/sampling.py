@@ -55,7 +55,7 @@ def sample_text(
     Args:
         model: a causal language model of Transformers.
         tokenizer: its tokenizer.
-        output: file to write; a line per sample: `text`, `tokens`, `batch`.
+        output: file to write; a line per sample: `text`, `tokens`, `batch`, and the `settings` of the draws.
         tokens: how many to write at least.
         max_length: tokens of a sample, its start token excluded; one that ends itself is shorter.
         batch_size: samples drawn at a time.
@@ -69,7 +69,8 @@ def sample_text(
         the number of tokens in the file.
 
     Raises:
-        ValueError: for a value that is not possible; names it and what is allowed.
+        ValueError: for a value that is not possible, or another one than the file was begun with; names it and what is
+            allowed.
     """
     for name, value, least in (("tokens", tokens, 1), ("max_length", max_length, 2), ("batch_size", batch_size, 1)):
         if value < least:
@@ -82,7 +83,9 @@ def sample_text(
         raise ValueError(f"a {type(model).__name__} does not generate.")
     first = start_token(tokenizer, start)
     ends = {first, tokenizer.eos_token_id} - {None}
-    kept = whole_batches(output, batch_size)
+    settings = {"start": first, "max_length": max_length, "batch_size": batch_size, "seed": seed}
+    settings |= {"temperature": temperature, "top_p": top_p}
+    kept = whole_batches(output, settings)
     written = sum(row["tokens"] for row in kept)
     batch = len(kept) // batch_size
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +108,7 @@ def sample_text(
             for row in drawn[:, 1:].tolist():
                 length = next((place for place, token in enumerate(row) if token in ends), len(row))
                 text = tokenizer.decode(row[:length], skip_special_tokens=True)
-                file.write(json.dumps({"text": text, "tokens": length, "batch": batch}) + "\n")
+                file.write(json.dumps({"text": text, "tokens": length, "batch": batch, "settings": settings}) + "\n")
                 written += length
             file.flush()
             batch += 1
@@ -113,8 +116,12 @@ def sample_text(
     return written
 
 
-def whole_batches(file: Path, batch_size: int) -> list[dict]:
-    """The rows of `file`, without those of a batch that was not written to its end."""
+def whole_batches(file: Path, settings: dict[str, Any]) -> list[dict]:
+    """The rows of `file`, without those of a batch that was not written to its end.
+
+    Raises:
+        ValueError: if they were drawn with other settings.
+    """
     if not file.is_file():
         return []
     rows = []
@@ -123,7 +130,14 @@ def whole_batches(file: Path, batch_size: int) -> list[dict]:
             rows.append(json.loads(line))
         except json.JSONDecodeError:  # the line at which the writer was killed
             break
-    return rows[: len(rows) - len(rows) % batch_size]
+    for row in rows:
+        began = row.get("settings", {})
+        for name, value in settings.items():
+            if began.get(name) != value:
+                raise ValueError(
+                    f"{name}={value} must be {began.get(name)}, with which {str(file)!r} was begun, or the file another."
+                )
+    return rows[: len(rows) - len(rows) % settings["batch_size"]]
 
 
 __all__ = ["sample_text", "start_token"]
