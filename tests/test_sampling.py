@@ -73,7 +73,7 @@ def test_a_file_that_was_begun_with_other_settings_is_left_as_it_is(teacher, tmp
     file = tmp_path / "samples.jsonl"
     sample_text(teacher, tiny_tokenizer(), file, tokens=10, **{**SMALL, "temperature": 0.5})
     before = file.read_text(encoding="utf-8")
-    with pytest.raises(ValueError, match=r"temperature=0.75 must be 0.5, with which .*samples.jsonl' was begun"):
+    with pytest.raises(ValueError, match=r"temperature=0.75 must be 0.5, with which .*samples.jsonl was begun"):
         sample_text(teacher, tiny_tokenizer(), file, tokens=100, **{**SMALL, "temperature": 0.75})
     assert file.read_text(encoding="utf-8") == before
 

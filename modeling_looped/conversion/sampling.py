@@ -135,7 +135,7 @@ def whole_batches(file: Path, settings: dict[str, Any]) -> list[dict]:
         for name, value in settings.items():
             if began.get(name) != value:
                 raise ValueError(
-                    f"{name}={value} must be {began.get(name)}, with which {str(file)!r} was begun, or the file another."
+                    f"{name}={value} must be {began.get(name)}, with which {file} was begun, or the file another."
                 )
     return rows[: len(rows) - len(rows) % settings["batch_size"]]
 
