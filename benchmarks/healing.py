@@ -99,15 +99,17 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def mixed(options: argparse.Namespace) -> Path:
-    """A file to train on in which documents of all the texts take turns, in random order, enough for the run."""
+def mixed(options: argparse.Namespace, characters: int = CHARACTERS) -> Path:
+    """A file to train on in which documents of all the texts take turns, in random order, enough for the run:
+    `characters` for each of its tokens.
+    """
     if len(options.text) == 1:
         return options.text[0]
     file = options.work / "text.jsonl"
     if not file.exists():
         sources = [Source(str(text), seed=0).documents() for text in options.text]
         turns = itertools.islice(
-            zip(*sources, strict=False), CHARACTERS * options.tokens // (BEGINNING * len(sources)) + 1
+            zip(*sources, strict=False), characters * options.tokens // (BEGINNING * len(sources)) + 1
         )
         lines = [json.dumps({"text": document[:BEGINNING]}) + "\n" for turn in turns for document in turn]
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -88,6 +88,7 @@ def cell(options: argparse.Namespace, rule: str, rank: int, stage_one: bool, see
 def main() -> None:
     """Train all cells, then print the table."""
     options = parse()
+    mixed(options, characters=10)  # twice the text: the second stage reads another part of it than the first
     rows = []
     for rule, rank, stage_one, seed in itertools.product(options.rules, options.ranks, (False, True), options.seeds):
         rows.append(cell(options, rule, rank, stage_one, seed))
