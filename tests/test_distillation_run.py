@@ -14,8 +14,9 @@ from teachers import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from modeling_looped.scaling.runs import gather
+from modeling_looped.training.config import DistillationConfig
 from modeling_looped.training.data import PackedStream, Source, packed, packed_blocks
-from modeling_looped.training.recipe import parse_recipe
+from modeling_looped.training.recipe import changed_values, parse_recipe
 
 ROOT = Path(__file__).parent.parent
 
@@ -150,6 +151,19 @@ def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_defaults(plac
     (place / "typo.yaml").write_text("max_lenght: 3\n")
     with pytest.raises(ValueError, match=r"typo\.yaml: no option is called 'max_lenght' \(did you mean 'max_length'"):
         parse_recipe(["--recipe", str(place / "typo.yaml")])
+
+
+def test_a_record_names_what_differs_from_the_defaults_and_nothing_else(tmp_path):
+    given = {
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "data_seed": 0,
+        "accelerator_config": {"even_batches": False},
+    }
+    args = DistillationConfig(**given, hub_token="secret")
+    changed = changed_values(args)
+    assert changed.items() >= given.items()
+    assert changed.keys() - given.keys() <= {"report_to", "dataloader_pin_memory"}  # what this machine makes of them
 
 
 RECIPES = [

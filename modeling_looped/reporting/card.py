@@ -252,8 +252,11 @@ def training(run: Mapping[str, Any] | None) -> str:
     last = ", ".join(f"{name} {curve['y'][-1]:.3f}" for name, curve in run["curves"].items() if curve["y"])
     tokens = max((x for curve in run["curves"].values() for x in curve["x"]), default=0)
     text = f"{run['steps']} optimiser steps, {tokens:,.0f} {run['axis']}; last losses in nats per token: {last}."
-    if run["settings"]:
-        text += "\n\n```json\n" + json.dumps(run["settings"], indent=2) + "\n```"
+    settings = dict(run["settings"] or {})
+    if isinstance(settings.get("student"), dict):
+        settings["student"] = {name: value for name, value in settings["student"].items() if name != "config"}
+    if settings:  # without the config, which lies beside the card
+        text += "\n\n```json\n" + json.dumps(settings, indent=2) + "\n```"
     return text
 
 

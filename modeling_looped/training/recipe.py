@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_pt_utils import AcceleratorConfig
 
 from .config import DistillationConfig
 
@@ -200,8 +201,23 @@ def check_names(names: Iterable[str], known: Iterable[str], place: str) -> None:
 def changed_values(config: Any) -> dict[str, Any]:
     """The fields of a dataclass whose values are not their defaults, as JSON can hold them."""
     values = config.to_dict() if isinstance(config, TrainingArguments) else dataclasses.asdict(config)
-    plain = {entry.name: entry.default for entry in dataclasses.fields(config)}
-    return {name: value for name, value in values.items() if name in plain and value != plain[name]}
+    changed = {}
+    for entry in dataclasses.fields(config):
+        if entry.name not in values or entry.name == "hub_token":
+            continue
+        value = values[entry.name]
+        default = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+        if entry.name == "accelerator_config":  # becomes an object, with defaults of its own
+            plain = AcceleratorConfig().to_dict()
+            value = {name: setting for name, setting in dict(value or {}).items() if setting != plain.get(name)}
+        if value != default and not (empty(value) and empty(default)):
+            changed[entry.name] = value
+    return changed
+
+
+def empty(value: Any) -> bool:
+    """Whether a field says nothing; 0 says something."""
+    return value is None or value is False or value in ("", [], {})
 
 
 __all__ = ["DataConfig", "RunConfig", "changed_values", "parse_recipe"]
