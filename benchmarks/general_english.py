@@ -55,7 +55,7 @@ def articles(wikitext: bytes) -> Iterator[str]:
 
 
 def passages(article: str) -> Iterator[str]:
-    """Paragraphs of an article, together until they are long enough."""
+    """Paragraphs of an article, together until they are long enough; what remains at its end is left out."""
     passage = ""
     for paragraph in article.split("\n\n"):
         passage += paragraph + "\n\n"

@@ -111,6 +111,8 @@ def test_identity_loops_are_refused_where_nothing_loops_and_behind_norms():
         identity_loops(2, 1)
     with pytest.raises(ValueError, match="would start branches of olmo2 at zero"):
         retrofit(tiny_teacher("olmo2"), 2, 3, 1, 4, **identity_loops(2, 4))
+    with pytest.raises(ValueError, match="is the start of shared_scale='per_channel', not of 'none'"):
+        LoopedConfig(loop_adapter={"type": "lora", "initial_scale": 0.0})
 
 
 @pytest.mark.parametrize("update", ["learned_scale", {"type": "damped", "steps": 2}, "gated"], ids=str)
