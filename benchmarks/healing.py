@@ -17,6 +17,7 @@ import datetime
 import itertools
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -164,6 +165,8 @@ def distil(
             if value is not None:
                 arguments += [f"--{key}", json.dumps(value) if isinstance(value, dict) else str(value)]
         subprocess.run([sys.executable, str(PROGRAM), *arguments], check=True)
+    for checkpoint in output.glob("checkpoint-*"):  # of a finished run: with the optimiser thrice the model's size
+        shutil.rmtree(checkpoint)
     return output
 
 
