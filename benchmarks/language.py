@@ -1,6 +1,6 @@
 """Language modelling from scratch: a looped model beside transformers of as many and of twice as many parameters.
 
-    python benchmarks/language.py --text TRAIN --eval VALID [--preset narrow] [--quick] \
+    python benchmarks/language.py --text TRAIN --eval VALID [--preset tiny] [--quick] \
         [--output benchmarks/results/language.json]
 
 - `looped`: prelude, core x L, coda;
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import math
 import os
 import subprocess
 import sys
@@ -41,21 +42,21 @@ from modeling_looped.training.tokenizer import trained_tokenizer
 
 
 class Preset(NamedTuple):
-    """Sizes: `outer` layers in prelude and in coda, `core` layers that run `loops` times."""
+    """Sizes: `layers` of prelude, core and coda, of which the core runs `loops` times."""
 
     width: int
     intermediate: int
     heads: int
-    outer: int
-    core: int
+    layers: tuple[int, int, int]
     loops: int
     vocabulary: int
 
 
-#: In layers, 1.2 M and 1.8 M parameters. Each runs twice as many layers as it stores.
+#: In layers, 0.3 M, 1.2 M and 1.8 M parameters. Each runs twice as many layers as it stores.
 PRESETS = {
-    "narrow": Preset(width=128, intermediate=352, heads=4, outer=2, core=2, loops=4, vocabulary=2048),
-    "wide": Preset(width=192, intermediate=512, heads=6, outer=1, core=2, loops=3, vocabulary=4096),
+    "tiny": Preset(96, 256, 3, layers=(1, 1, 1), loops=4, vocabulary=1024),
+    "narrow": Preset(128, 352, 4, layers=(2, 2, 2), loops=4, vocabulary=2048),
+    "wide": Preset(192, 512, 6, layers=(1, 2, 1), loops=3, vocabulary=4096),
 }
 
 
@@ -74,19 +75,20 @@ def parse() -> argparse.Namespace:
     add = parser.add_argument
     add("--text", type=Path, required=True, help="to train on")
     add("--eval", type=Path, required=True, help="text that training never sees")
-    add("--preset", choices=PRESETS, default="narrow")
-    add("--tokens", type=int, default=2_000_000, help="to train on (%(default)s)")
-    add("--tuning-tokens", type=int, default=500_000, help="of the runs that choose the rates (%(default)s)")
-    add("--rates", type=float, nargs="+", default=[1e-3, 2e-3, 4e-3])
+    add("--preset", choices=PRESETS, default="tiny")
+    add("--tokens", type=int, default=10_000_000, help="to train on (%(default)s)")
+    add("--tuning-tokens", type=int, default=1_000_000, help="of the runs that choose the rates (%(default)s)")
+    add("--rates", type=float, nargs="+", default=[1e-2, 2e-2, 4e-2])
     add("--seeds", type=int, nargs="+", default=[0, 1])
-    add("--eval-tokens", type=int, default=65_536, help="of the text to evaluate on (%(default)s)")
-    add("--length", type=int, default=256, help="tokens of a block (%(default)s)")
-    add("--batch", type=int, default=8, help="blocks per step (%(default)s)")
+    add("--optimizer", choices=("muon", "adamw"), default="muon", help="of all three (%(default)s)")
+    add("--eval-tokens", type=int, default=131_072, help="of the text to evaluate on (%(default)s)")
+    add("--length", type=int, default=128, help="tokens of a block (%(default)s)")
+    add("--batch", type=int, default=64, help="blocks per step (%(default)s)")
     add_run_options(parser, "build/language")
     options = parser.parse_args()
     if options.quick:
         options.tokens, options.tuning_tokens, options.rates, options.seeds = 16_384, 8_192, [1e-3], [0]
-        options.length, options.eval_tokens = 64, 4_096
+        options.length, options.batch, options.eval_tokens = 64, 8, 4_096
         options.work /= "quick"
     options.work = options.work / options.preset
     return options
@@ -103,11 +105,13 @@ def fields_of(name: str, preset: Preset, length: int) -> dict[str, Any]:
         "max_position_embeddings": length,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
+        # as GPT-2's 0.02 at its width of 768: less than half of 1 / sqrt(width)
+        "initializer_range": round(0.02 * math.sqrt(768 / preset.width), 3),
     }
-    stored = 2 * preset.outer + preset.core
     if name == LOOPED:
-        outer = {"num_prelude_layers": preset.outer, "num_coda_layers": preset.outer}
-        return {**shape, "model_type": "looped", **outer, "num_core_layers": preset.core, "num_loops": preset.loops}
+        parts = zip(("num_prelude_layers", "num_core_layers", "num_coda_layers"), preset.layers, strict=True)
+        return {**shape, "model_type": "looped", **dict(parts), "num_loops": preset.loops}
+    stored = sum(preset.layers)
     return {**shape, "model_type": "llama", "num_hidden_layers": stored if name == EQUAL else 2 * stored}
 
 
@@ -137,6 +141,7 @@ def train(options: argparse.Namespace, job: Job, tokenizer: Path) -> Row:
         "max_eval_tokens": options.eval_tokens,
         "per_device_train_batch_size": options.batch,
         "per_device_eval_batch_size": options.batch,
+        "optim_recipe": options.optimizer,
         "learning_rate": job.learning_rate,
         "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
@@ -204,20 +209,26 @@ def main() -> None:
         with ThreadPoolExecutor(options.workers) as pool:
             return list(pool.map(lambda job: train(options, job, tokenizer), jobs))
 
+    def keep(found: dict[str, list[Row]]) -> None:
+        """Write what is known: figures of finished stages outlive a session that ends in the next."""
+        if options.output:
+            groups = {name: {"share_of_gap": shares(rows), "runs": rows} for name, rows in found.items()}
+            write_json(options.output, {**described(options), "preset": preset._asdict(), "tuning": tuning, **groups})
+
     names = (EQUAL, LOOPED, TWICE)
     tuning = run([Job(n, rate, options.seeds[0], options.tuning_tokens) for n in names for rate in options.rates])
+    keep({})
     rates = best_rates(tuning)
     same_tokens = run([Job(name, rates[name], seed, options.tokens) for seed in options.seeds for name in names])
+    keep({"same tokens": same_tokens})
     per_token = {name: costs(fields_of(name, preset, options.length), options.length)[1] for name in names}
     longer = round(options.tokens * per_token[LOOPED] / per_token[EQUAL])
     as_dear = run([Job(EQUAL, rates[EQUAL], seed, longer) for seed in options.seeds])
     # the same FLOPs per token as the looped model's, but for the injection and rounding: what it has run is the run
     same_flops = as_dear + [row for row in same_tokens if row["name"] != EQUAL]
     groups = {"same tokens": same_tokens, "same FLOPs": same_flops}
+    keep(groups)
     print(table(groups))
-    if options.output:
-        found = {name: {"share_of_gap": shares(rows), "runs": rows} for name, rows in groups.items()}
-        write_json(options.output, {**described(options), "preset": preset._asdict(), "tuning": tuning, **found})
 
 
 if __name__ == "__main__":
