@@ -48,6 +48,7 @@ def test_two_processes_train_what_one_does(place, tmp_path):
     assert main([*arguments, "--output_dir", str(tmp_path / "one"), "--gradient_accumulation_steps", "2"]) == 0
     records = [json.loads((tmp_path / folder / "run.json").read_text()) for folder in ("one", "two")]
     assert [record["processes"] for record in records] == [1, 2]
+    assert [record["distributed"] for record in records] == ["NO", "MULTI_CPU"]
     assert records[0]["tokens_seen"] == records[1]["tokens_seen"] == 512
     assert records[0]["tokenizer"] == records[1]["tokenizer"]
     assert records[0]["data"] == records[1]["data"]

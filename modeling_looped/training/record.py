@@ -66,6 +66,8 @@ def finish(
         **record,
         "status": "finished",
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        # accelerate's word for how the processes share the work: NO, MULTI_CPU, MULTI_GPU, FSDP, DEEPSPEED
+        "distributed": trainer.accelerator.distributed_type.value,
         "steps": trainer.state.global_step,
         "tokens_seen": trainer.state.num_input_tokens_seen,
         # of the last session; a resumed run has several
