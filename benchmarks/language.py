@@ -7,11 +7,11 @@
 - `equal`: a stock Llama of as many layers as the looped model stores;
 - `twice`: one of twice as many, which are as many as the looped model runs: the same FLOPs per token.
 
-All have the same width, tokenizer, batches and schedule, and with the same seed the same tokens in the same order. The
-rate of each is the best of --rates, with the first seed on --tuning-tokens. Every seed then trains all three on
---tokens; and `equal` once more, on more tokens, until it has cost as much as the looped model. What looping gives is
-(L_equal - L_looped) / (L_equal - L_twice), of losses on held-out text: at the same tokens, and at the same training
-FLOPs.
+All have the same width, tokenizer, batches, optimiser and schedule, and with the same seed the same tokens in the same
+order. The rate of each is the best of --rates, with the first seed on --tuning-tokens. Every seed then trains all
+three on --tokens; and `equal` once more, on more tokens, until it has cost as much as the looped model. What looping
+gives is (L_equal - L_looped) / (L_equal - L_twice), of losses on held-out text: at the same tokens, and at the same
+training FLOPs. --output is written after each stage: tuning, the same tokens, the same FLOPs.
 
 Every run is one of `python -m modeling_looped train`, in a folder of its own under --work: the same command goes on
 where it was stopped, and reads what is finished.
@@ -54,9 +54,9 @@ class Preset(NamedTuple):
 
 #: In layers, 0.3 M, 1.2 M and 1.8 M parameters. Each runs twice as many layers as it stores.
 PRESETS = {
-    "tiny": Preset(96, 256, 3, layers=(1, 1, 1), loops=4, vocabulary=1024),
-    "narrow": Preset(128, 352, 4, layers=(2, 2, 2), loops=4, vocabulary=2048),
-    "wide": Preset(192, 512, 6, layers=(1, 2, 1), loops=3, vocabulary=4096),
+    "tiny": Preset(width=96, intermediate=256, heads=3, layers=(1, 1, 1), loops=4, vocabulary=1024),
+    "narrow": Preset(width=128, intermediate=352, heads=4, layers=(2, 2, 2), loops=4, vocabulary=2048),
+    "wide": Preset(width=192, intermediate=512, heads=6, layers=(1, 2, 1), loops=3, vocabulary=4096),
 }
 
 
@@ -78,12 +78,12 @@ def parse() -> argparse.Namespace:
     add("--preset", choices=PRESETS, default="tiny")
     add("--tokens", type=int, default=10_000_000, help="to train on (%(default)s)")
     add("--tuning-tokens", type=int, default=1_000_000, help="of the runs that choose the rates (%(default)s)")
-    add("--rates", type=float, nargs="+", default=[1e-2, 2e-2, 4e-2])
+    add("--rates", type=float, nargs="+", default=[1e-2, 2e-2, 4e-2], help="to try; adamw wants a tenth of them")
     add("--seeds", type=int, nargs="+", default=[0, 1])
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="of all three (%(default)s)")
     add("--eval-tokens", type=int, default=131_072, help="of the text to evaluate on (%(default)s)")
     add("--length", type=int, default=128, help="tokens of a block (%(default)s)")
-    add("--batch", type=int, default=64, help="blocks per step (%(default)s)")
+    add("--batch", type=int, default=32, help="blocks per step (%(default)s)")
     add_run_options(parser, "build/language")
     options = parser.parse_args()
     if options.quick:
@@ -192,6 +192,14 @@ def finish(output: Path, program: list[str]) -> dict[str, Any]:
         return json.loads(record.read_text(encoding="utf-8"))
 
 
+def write(options: argparse.Namespace, tuning: list[Row], groups: dict[str, list[Row]]) -> None:
+    """Write the runs of the stages that are finished, where --output asks for it."""
+    if options.output:
+        found = {name: {"share_of_gap": shares(rows), "runs": rows} for name, rows in groups.items()}
+        preset = PRESETS[options.preset]._asdict()
+        write_json(options.output, {**described(options), "preset": preset, "tuning": tuning, **found})
+
+
 def main() -> None:
     """Train all, then print the table."""
     options = parse()
@@ -209,25 +217,19 @@ def main() -> None:
         with ThreadPoolExecutor(options.workers) as pool:
             return list(pool.map(lambda job: train(options, job, tokenizer), jobs))
 
-    def keep(found: dict[str, list[Row]]) -> None:
-        """Write what is known: figures of finished stages outlive a session that ends in the next."""
-        if options.output:
-            groups = {name: {"share_of_gap": shares(rows), "runs": rows} for name, rows in found.items()}
-            write_json(options.output, {**described(options), "preset": preset._asdict(), "tuning": tuning, **groups})
-
     names = (EQUAL, LOOPED, TWICE)
     tuning = run([Job(n, rate, options.seeds[0], options.tuning_tokens) for n in names for rate in options.rates])
-    keep({})
+    write(options, tuning, {})
     rates = best_rates(tuning)
     same_tokens = run([Job(name, rates[name], seed, options.tokens) for seed in options.seeds for name in names])
-    keep({"same tokens": same_tokens})
+    write(options, tuning, {"same tokens": same_tokens})
     per_token = {name: costs(fields_of(name, preset, options.length), options.length)[1] for name in names}
     longer = round(options.tokens * per_token[LOOPED] / per_token[EQUAL])
     as_dear = run([Job(EQUAL, rates[EQUAL], seed, longer) for seed in options.seeds])
     # the same FLOPs per token as the looped model's, but for the injection and rounding: what it has run is the run
     same_flops = as_dear + [row for row in same_tokens if row["name"] != EQUAL]
     groups = {"same tokens": same_tokens, "same FLOPs": same_flops}
-    keep(groups)
+    write(options, tuning, groups)
     print(table(groups))
 
 
