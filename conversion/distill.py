@@ -20,6 +20,7 @@ from modeling_looped.training.config import DistillationConfig
 from modeling_looped.training.guard import ExplosionError
 from modeling_looped.training.recipe import RunConfig, parse_recipe
 from modeling_looped.training.run import distill, training_source
+from modeling_looped.training.session import leave_process_group
 
 #: Programs of this folder that make a student.
 PROGRAMS = {"compress": compress.main, "retrofit": retrofit.main}
@@ -80,6 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         run.student = make_student(run, args)
         leads = args.process_index == 0
         distill(run, args, command=command, report=print if leads else lambda line: None)
+        leave_process_group()
     except (ValueError, OSError, ExplosionError) as error:
         print(f"distill.py: {error}", file=sys.stderr)
         return 1

@@ -25,7 +25,7 @@ from .pretraining import PretrainingConfig, PretrainingRun, PretrainingTrainer, 
 from .recipe import parse_recipe
 from .record import check_same_run, last_checkpoint, new_record
 from .run_data import run_data, training_source
-from .session import train_and_record
+from .session import leave_process_group, train_and_record
 from .tokenizer import trained_tokenizer
 
 #: Folder of a trained tokenizer in that of the run.
@@ -133,6 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run, args = parse_recipe(given, (PretrainingRun, PretrainingConfig), "python -m modeling_looped train")
         leads = args.process_index == 0
         pretrain(run, args, command=command, report=print if leads else lambda line: None)
+        leave_process_group()
     except (ValueError, OSError, ExplosionError) as error:
         sys.stderr.write(f"modeling_looped train: {error}\n")
         return 1

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer import unwrap_peft_model
 
@@ -54,4 +55,10 @@ def train_and_record(
     return record
 
 
-__all__ = ["train_and_record"]
+def leave_process_group() -> None:
+    """What a program of many processes does at its end: a group that is left to the interpreter's may abort it."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+__all__ = ["leave_process_group", "train_and_record"]

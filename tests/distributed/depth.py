@@ -17,6 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from distributed.leave import leave
+
 CASES = list(itertools.product(("ddp", "fsdp"), ("batch", "sequence", "token")))
 STEPS = 3
 
@@ -102,8 +104,7 @@ def main(folder: Path) -> None:
     results["refused"] = gathered(disagreement())
     if dist.get_rank() == 0:
         (folder / "depth.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

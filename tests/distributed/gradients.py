@@ -22,6 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 from transformers.distributed import DistributedConfig
 
+from distributed.leave import leave
+
 SEED = 1234
 STEPS = {"fixed": 1, "random": 3}
 
@@ -145,7 +147,7 @@ def main(folder: Path) -> None:
     results = {"/".join(case): run_case(folder, *case) for case in CASES}
     if dist.get_rank() == 0:
         (folder / "gradients.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

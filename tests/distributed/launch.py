@@ -19,6 +19,7 @@ def launch(worker: str, folder: Path) -> None:
         **os.environ,
         "PYTHONPATH": os.pathsep.join(search),
         "OMP_NUM_THREADS": "1",
+        "PYTHONFAULTHANDLER": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "ACCELERATE_USE_CPU": "true",
     }

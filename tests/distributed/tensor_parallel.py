@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 import modeling_looped  # noqa: F401  (registers the Auto classes)
+from distributed.leave import leave
 
 MODELS = {
     **{
@@ -51,8 +52,7 @@ def main(folder: Path) -> None:
     seen = {name: look(folder / name) for name in MODELS}
     if dist.get_rank() == 0:
         torch.save(seen, folder / "seen.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, 
 from transformers.distributed import DistributedConfig
 
 import modeling_looped  # noqa: F401  (registers the Auto classes)
+from distributed.leave import leave
 
 #: way -> (how the model is loaded, granularity of checkpointing)
 WAYS = {
@@ -62,8 +63,7 @@ def main(folder: Path) -> None:
     results = {way: run(way, folder) for way in WAYS}
     if dist.get_rank() == 0:
         (folder / "trainer.json").write_text(json.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":
