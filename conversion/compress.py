@@ -23,8 +23,11 @@ from modeling_looped.conversion.compress_checkpoint import compress_checkpoint
 from modeling_looped.conversion.layer_plan import ORDERS, LayerPlan, fitting_plan, kept_plan, parse_layers
 from modeling_looped.conversion.merging import MERGES
 from modeling_looped.conversion.options import DTYPES
-from modeling_looped.conversion.plan_search import dropped_and_looped, shared_middle
+from modeling_looped.conversion.plan_search import cheapest_and_looped, dropped_and_looped, shared_middle
 from modeling_looped.conversion.verification import HELD_OUT_TEXT
+
+#: What `--find` drops: the block that turns the state least; one by one, the layers without which the loss is lowest.
+DROPS = {"drop": dropped_and_looped, "cheapest": partial(cheapest_and_looped, report=print)}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -41,9 +44,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--order", choices=ORDERS, default="cycle", help="abc abc or aa bb cc (%(default)s)")
     add("--keep", metavar="LAYERS", help="layers to keep, for example 0-9,20-29; the others are dropped")
     add("--loop", metavar="LAYERS", help="those of them that loop, one after the other among the kept")
-    add("--find", choices=("middle", "drop"), help="share the middle, or drop the block that turns the state least")
-    add("--dropped", type=int, metavar="N", help="with --find drop: how many layers to drop")
-    add("--looped", type=int, metavar="R", help="with --find drop: how many layers around the gap loop")
+    add("--find", choices=("middle", *DROPS), help="share the middle, drop a block, or drop the cheapest one by one")
+    add("--dropped", type=int, metavar="N", help="with --find drop or cheapest: how many layers to drop")
+    add("--looped", type=int, metavar="R", help="with --find drop or cheapest: how many layers around the gap loop")
     add("--rank", type=int, default=0, help="of the low-rank difference per loop; 0: none (%(default)s)")
     add("--merge", choices=sorted(MERGES), default="average", help="rule for the shared weights (%(default)s)")
     add("--adapter", choices=ADAPTERS, default="svd", help="how the low-rank differences are found (%(default)s)")
@@ -73,11 +76,12 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError("--prelude, --core and --coda go together.")
     if options.keep is not None and not options.loop:
         raise ValueError("--keep needs --loop: which of the kept layers loop.")
-    drops = options.find == "drop"
+    drops = options.find in DROPS
     if drops and None in (options.dropped, options.looped):
-        raise ValueError("--find drop needs --dropped N and --looped R.")
-    partners = (("loop", "--keep", options.keep is not None), ("dropped", "--find drop", drops))
-    for name, partner, present in (*partners, ("looped", "--find drop", drops)):
+        raise ValueError(f"--find {options.find} needs --dropped N and --looped R.")
+    finder = " or ".join(f"--find {name}" for name in DROPS)
+    partners = (("loop", "--keep", options.keep is not None), ("dropped", finder, drops), ("looped", finder, drops))
+    for name, partner, present in partners:
         if getattr(options, name) is not None and not present:
             raise ValueError(f"--{name} {getattr(options, name)} goes with {partner} only.")
 
@@ -97,7 +101,7 @@ def plan(options: argparse.Namespace, num_layers: int, calibration: Calibration 
         raise ValueError(f"--find {options.find} needs --calibration FILE, on which it finds the layers.")
     if options.find == "middle":
         return shared_middle(calibration, options.loops, order=options.order)
-    return dropped_and_looped(calibration, dropped=options.dropped, looped=options.looped, loops=options.loops)
+    return DROPS[options.find](calibration, dropped=options.dropped, looped=options.looped, loops=options.loops)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -80,11 +80,14 @@ def test_layers_are_named_by_sizes_or_one_by_one(main, files, tmp_path, options,
     assert model(random_tokens(vocab_size=300)).logits.isfinite().all()
 
 
-@pytest.mark.parametrize("options", [("--find", "middle"), ("--find", "drop", "--dropped", "2", "--looped", "2")])
+@pytest.mark.parametrize(
+    "options",
+    [("--find", "middle"), *(("--find", way, "--dropped", "2", "--looped", "2") for way in ("drop", "cheapest"))],
+)
 def test_layers_are_found_from_activations(main, files, tmp_path, options):
     assert main(arguments(files, tmp_path / "out", *options, *calibrated(files))) == 0
     manifest = json.loads((tmp_path / "out" / "looped_manifest.json").read_text(encoding="utf-8"))
-    assert len(manifest["dropped_layers"]) == (2 if "drop" in options else 0)
+    assert len(manifest["dropped_layers"]) == (2 if "--dropped" in options else 0)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_loops == 2
 
 
@@ -102,8 +105,8 @@ def test_layers_are_found_from_activations(main, files, tmp_path, options):
         ((*SIZES, "--rank", "2", "--adapter", "fitted"), "adapter='fitted' needs calibration_text"),
         (("--find", "drop", "--dropped", "2", "--calibration", "missing.txt"), "--find drop needs --dropped N"),
         ((*SIZES, "--loop", "1,4"), "--loop 1,4 goes with --keep only"),
-        ((*SIZES, "--dropped", "2"), "--dropped 2 goes with --find drop only"),
-        ((*SIZES, "--looped", "2"), "--looped 2 goes with --find drop only"),
+        ((*SIZES, "--dropped", "2"), "--dropped 2 goes with --find drop or --find cheapest only"),
+        ((*SIZES, "--looped", "2"), "--looped 2 goes with --find drop or --find cheapest only"),
         ((*SIZES, "--calibration-tokens", "0"), "calibration_tokens=0 must be at least 1"),
     ],
 )

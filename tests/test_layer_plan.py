@@ -1,5 +1,7 @@
 """Layer plans: what they name, what they refuse, and what is found from activations."""
 
+import copy
+
 import pytest
 import torch
 from helpers import random_tokens
@@ -9,6 +11,7 @@ from random_configs import modest
 from teachers import tiny_teacher
 
 from modeling_looped.conversion.calibration import Calibration, calibrate
+from modeling_looped.conversion.layer_drops import cheapest_drops, without_layers
 from modeling_looped.conversion.layer_plan import (
     LayerPlan,
     fitting_plan,
@@ -18,6 +21,7 @@ from modeling_looped.conversion.layer_plan import (
     written,
 )
 from modeling_looped.conversion.plan_search import (
+    cheapest_and_looped,
     droppable_block,
     dropped_and_looped,
     knee,
@@ -26,6 +30,7 @@ from modeling_looped.conversion.plan_search import (
     most_similar_groups,
     shared_middle,
 )
+from modeling_looped.conversion.verification import mean_loss
 
 parts = st.tuples(st.integers(0, 3), st.integers(1, 4), st.integers(0, 3), st.integers(1, 4))
 
@@ -126,6 +131,45 @@ def test_layers_around_the_gap_are_looped():
     calibration = made_up([0.1, 0.1, 0.01, 0.01, 0.1, 0.1])
     plan = dropped_and_looped(calibration, dropped=2, looped=2, loops=3)
     assert plan == LayerPlan((0,), ((1, 1, 1), (4, 4, 4)), (5,))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-windows"])
+def test_leaving_layers_out_equals_the_same_model_built_without_them(family):
+    teacher = tiny_teacher(family)
+    tokens = random_tokens(2, 9)
+    whole = teacher(tokens).logits
+    kept = [layer for layer in range(len(teacher.model.layers)) if layer not in (1, 2)]
+    shorter = copy.deepcopy(teacher)
+    shorter.model.layers = torch.nn.ModuleList(shorter.model.layers[layer] for layer in kept)
+    shorter.config.num_hidden_layers = len(kept)
+    if hasattr(shorter.config, "layer_types"):
+        shorter.config.layer_types = [teacher.config.layer_types[layer] for layer in kept]
+    with without_layers(teacher, [1, 2]):
+        torch.testing.assert_close(teacher(tokens, use_cache=False).logits, shorter(tokens, use_cache=False).logits)
+    assert torch.equal(teacher(tokens).logits, whole)  # and it is itself again
+    windows = [tokens[:1], tokens[1:]]
+    loss_without = calibrate(teacher, [tokens], layers=()).loss_without
+    assert loss_without is not None
+    assert loss_without([1, 2]) == pytest.approx(mean_loss(shorter, windows))
+
+
+def test_the_cheapest_layers_are_dropped_one_by_one():
+    """Of 6 layers that each save some loss, two of which only do so together."""
+    worth = {0: 0.0, 1: 0.3, 2: 0.2, 3: 0.1, 4: 0.4, 5: 0.0}
+    lines = []
+
+    def loss(layers):
+        return 1.0 + sum(worth[layer] for layer in layers) + (0.5 if {2, 3} <= set(layers) else 0.0)
+
+    assert cheapest_drops(loss, 6, 2, report=lines.append) == [1, 3]
+    assert [line.split(":")[0] for line in lines] == ["without layer 3 too, 1 of 2", "without layer 1 too, 2 of 2"]
+    calibration = made_up([0.1] * 6)._replace(loss_without=loss)
+    plan = cheapest_and_looped(calibration, dropped=2, looped=2, loops=2)
+    assert plan == LayerPlan((), ((0, 0), (2, 2)), (4, 5))
+    with pytest.raises(ValueError, match=r"count=5 must lie in 1\.\.4: the first and the last"):
+        cheapest_drops(loss, 6, 5)
+    with pytest.raises(ValueError, match="loss_without is None"):
+        cheapest_and_looped(made_up([0.1] * 6), dropped=2, looped=2, loops=2)
 
 
 def test_calibration_measures_what_a_hook_on_every_layer_sees():

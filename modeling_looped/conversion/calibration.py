@@ -13,6 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.modeling_utils import PreTrainedModel
 
+from .layer_drops import LossWithout, without_layers
+from .verification import mean_loss
+
 #: Projections that read the same input share its statistics: the first stands for all.
 SAME_INPUT = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
@@ -25,11 +28,13 @@ class Calibration(NamedTuple):
             and column: after the last layer).
         moments: mean of x x^T over the inputs x of a projection, [in, in] in float32, by layer and projection.
         tokens: number of tokens seen.
+        loss_without: loss on the same text with some layers left out; the teacher runs over it when it is called.
     """
 
     similarity: Tensor
     moments: dict[tuple[int, str], Tensor]
     tokens: int
+    loss_without: LossWithout | None = None
 
     def moment(self, layer: int, projection: str) -> Tensor:
         """Second moment of the input of `projection` in teacher layer `layer`."""
@@ -62,6 +67,7 @@ def calibrate(
         windows: calibration text.
         layers: teacher layers whose projections' inputs are measured; `None`: all, `()`: none.
     """
+    windows = list(windows)
     stack: Any = teacher.get_submodule("model.layers")
     wanted = range(len(stack)) if layers is None else sorted(layers)
     sums: dict[tuple[int, str], Tensor] = {}
@@ -86,7 +92,14 @@ def calibrate(
             handle.remove()
     if not seen:
         raise ValueError("windows is empty: calibration needs text.")
-    return Calibration((cosines / seen).float(), {key: total / seen for key, total in sums.items()}, seen)
+    rows = [row[None] for window in windows for row in window]
+
+    def loss_without(layers: Collection[int]) -> float:
+        with without_layers(teacher, layers):
+            return mean_loss(teacher, rows)
+
+    moments = {key: total / seen for key, total in sums.items()}
+    return Calibration((cosines / seen).float(), moments, seen, loss_without)
 
 
 def first_of(output: Tensor | tuple[Tensor, ...]) -> Tensor:

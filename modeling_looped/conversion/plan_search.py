@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable, Collection
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .calibration import Calibration
+from .layer_drops import cheapest_drops
 from .layer_plan import LayerPlan, kept_plan, shared_plan
 
 
@@ -93,20 +95,46 @@ def most_similar_groups(calibration: Calibration, stored: int, *, prelude: int, 
 
 def dropped_and_looped(calibration: Calibration, *, dropped: int, looped: int, loops: int) -> LayerPlan:
     """Leave out the most droppable block of `dropped` layers, and loop the `looped` kept layers around the gap."""
-    block = droppable_block(calibration, dropped)
-    kept = [layer for layer in range(len(calibration.block_influence)) if layer not in block]
-    gap = kept.index(block[0] - 1) + 1 if block[0] else 0
+    return looped_around(
+        droppable_block(calibration, dropped), len(calibration.block_influence), looped=looped, loops=loops
+    )
+
+
+def cheapest_and_looped(
+    calibration: Calibration,
+    *,
+    dropped: int,
+    looped: int,
+    loops: int,
+    report: Callable[[str], object] = lambda line: None,
+) -> LayerPlan:
+    """Leave out the `dropped` layers that cost least, and loop the `looped` kept layers around the longest gap."""
+    if calibration.loss_without is None:
+        raise ValueError("calibration.loss_without is None: dropping by the loss needs it; use `calibrate`.")
+    layers = len(calibration.block_influence)
+    return looped_around(
+        cheapest_drops(calibration.loss_without, layers, dropped, report=report), layers, looped=looped, loops=loops
+    )
+
+
+def looped_around(dropped: Collection[int], layers: int, *, looped: int, loops: int) -> LayerPlan:
+    """The plan of a teacher of `layers` layers without `dropped` that loops `looped` layers around the longest gap."""
+    kept = [layer for layer in range(layers) if layer not in dropped]
     if not 1 <= looped <= len(kept):
         raise ValueError(f"looped={looped} must lie in 1..{len(kept)}, the layers that are kept.")
+    ends = itertools.pairwise([-1, *kept, layers])
+    gap = max(enumerate(ends), key=lambda item: item[1][1] - item[1][0])[0]  # so many kept layers lie before it
     start = min(max(gap - looped // 2, 0), len(kept) - looped)
     return kept_plan(kept, kept[start : start + looped], loops)
 
 
 __all__ = [
+    "cheapest_and_looped",
     "droppable_block",
     "dropped_and_looped",
     "knee",
     "least_influential",
+    "looped_around",
     "middle_by_knee",
     "most_similar_groups",
     "shared_middle",
