@@ -11,7 +11,8 @@ All have the same width, tokenizer, batches, optimiser and schedule, and with th
 order. The rate of each is the best of --rates, with the first seed on --tuning-tokens. Every seed then trains all
 three on --tokens; and `equal` once more, on more tokens, until it has cost as much as the looped model. What looping
 gives is (L_equal - L_looped) / (L_equal - L_twice), of losses on held-out text: at the same tokens, and at the same
-training FLOPs. --output is written after each stage: tuning, the same tokens, the same FLOPs.
+training FLOPs. Last, with the first seed, `looped_drawn`: the looped model that drew its loops batch by batch, for
+`benchmarks/test_time_curve.py`. --output is written after each stage: tuning, same tokens, same FLOPs, drawn depths.
 
 Every run is one of `python -m modeling_looped train`, in a folder of its own under --work: the same command goes on
 where it was stopped, and reads what is finished.
@@ -31,7 +32,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from language_table import EQUAL, LOOPED, TWICE, Row, best_rates, shares, table
+from language_table import DRAWN, EQUAL, LOOPED, TWICE, Row, best_rates, shares, table
 from small_runs import add_run_options, described, write_json
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -108,9 +109,11 @@ def fields_of(name: str, preset: Preset, length: int) -> dict[str, Any]:
         # as GPT-2's 0.02 at its width of 768: less than half of 1 / sqrt(width)
         "initializer_range": round(0.02 * math.sqrt(768 / preset.width), 3),
     }
-    if name == LOOPED:
+    if name in (LOOPED, DRAWN):
         parts = zip(("num_prelude_layers", "num_core_layers", "num_coda_layers"), preset.layers, strict=True)
-        return {**shape, "model_type": "looped", **dict(parts), "num_loops": preset.loops}
+        looped = {**shape, "model_type": "looped", **dict(parts), "num_loops": preset.loops}
+        drawn = {"depth_sampling": {"type": "poisson", "granularity": "batch", "mean": float(preset.loops)}}
+        return looped if name == LOOPED else {**looped, **drawn}
     stored = sum(preset.layers)
     return {**shape, "model_type": "llama", "num_hidden_layers": stored if name == EQUAL else 2 * stored}
 
@@ -157,7 +160,7 @@ def train(options: argparse.Namespace, job: Job, tokenizer: Path) -> Row:
         "output_dir": output,
     }
     arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
-    if job.name == LOOPED:
+    if job.name in (LOOPED, DRAWN):
         arguments += ["--eval_num_loops", "1", "2", "4", "8"]
     found = finish(output, [sys.executable, "-m", "modeling_looped", "train", *arguments])
     parameters, flops = costs(fields, options.length)
@@ -229,6 +232,8 @@ def main() -> None:
     # the same FLOPs per token as the looped model's, but for the injection and rounding: what it has run is the run
     same_flops = as_dear + [row for row in same_tokens if row["name"] != EQUAL]
     groups = {"same tokens": same_tokens, "same FLOPs": same_flops}
+    write(options, tuning, groups)
+    groups["drawn depths"] = run([Job(DRAWN, rates[LOOPED], options.seeds[0], options.tokens)])
     write(options, tuning, groups)
     print(table(groups))
 

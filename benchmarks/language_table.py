@@ -8,8 +8,8 @@ from typing import Any
 
 from modeling_looped.reporting.costs import markdown_table
 
-#: Contestants, and what they are; the gap is between the first and the last.
-EQUAL, LOOPED, TWICE = "equal", "looped", "twice"
+#: Contestants; the gap is between the equal one and the one of twice the parameters.
+EQUAL, LOOPED, TWICE, DRAWN = "equal", "looped", "twice", "looped_drawn"
 
 Row = dict[str, Any]
 

@@ -617,7 +617,8 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
                     f"{built!r}, which it cannot follow: load it anew, with from_pretrained(..., {field}=...)."
                 )
         trained = self.config.max_trained_loops
-        if trained is not None and num_loops > trained and not torch.compiler.is_compiling():
+        silent = self.training or torch.compiler.is_compiling()  # training at more loops is what trains them
+        if trained is not None and num_loops > trained and not silent:
             logger.warning_once(
                 f"num_loops={num_loops} is more than max_trained_loops={trained}, the most that this model was "
                 "trained with; it may get worse instead of better."

@@ -206,7 +206,10 @@ def test_more_loops_than_trained_warn_once(warnings_of_the_library):
     tokens = random_tokens()
     model(tokens)
     model(tokens, num_loops=1)
+    model.train()(tokens, num_loops=4)  # trains them
+    assert model.training_flops_per_token(num_loops=4) > model.training_flops_per_token()  # counted in such a run
     assert warnings_of_the_library == []
+    model.eval()
     for _ in range(3):
         model(tokens, num_loops=4)
     model.generate(tokens, num_loops=4, **GREEDY)
