@@ -61,6 +61,15 @@ $(SMOLLM2): | $(BASE)
 	@rm .cache/smollm2.partial/*.whl
 	@mv .cache/smollm2.partial .cache/smollm2
 
+# DeepSpeed stays out of .venv: where it is found, Accelerate imports it into every process that trains.
+DEEPSPEED := .cache/deepspeed
+$(DEEPSPEED): constraints.txt | $(BASE)
+	$(say) "installing DeepSpeed in $@ for its test"
+	@rm -rf $@ $@.partial
+	DS_BUILD_OPS=0 $(PIP_INSTALL) --no-build-isolation --no-deps --target $@.partial deepspeed einops hjson msgpack ninja py-cpuinfo
+	@mv $@.partial $@
+	@touch $@
+
 # ---- what a newcomer types ----
 
 # Threads that wait give their core away: on a busy machine of two cores, spinning made a forward four times slower.
@@ -85,11 +94,11 @@ test coverage: export OMP_NUM_THREADS := 1
 test coverage: export TOKENIZERS_PARALLELISM := false
 PYTEST = $(PYTHON) -m pytest -m "not gpu and not network" -n $(WORKERS) --dist worksteal --durations 15 $(PYTEST_ARGS)
 
-test: wheel-test $(SMOLLM2)
+test: wheel-test $(SMOLLM2) $(DEEPSPEED)
 	$(say) "running the whole suite in $(WORKERS) processes"
 	$(PYTEST)
 
-coverage: $(DEV) $(SMOLLM2)
+coverage: $(DEV) $(SMOLLM2) $(DEEPSPEED)
 	$(say) "running the whole suite with coverage"
 	$(PYTEST) --cov --cov-report term-missing --cov-report html
 

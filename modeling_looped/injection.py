@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import final
 
 import torch
@@ -23,25 +22,33 @@ from .registry import Registry, Strategy
 
 INJECTIONS: Registry[Injection] = Registry("injection")
 
-#: (state, loop_idx) -> the core's input.
-Inject = Callable[[Tensor, int], Tensor]
+#: What an injection computes once per call, before the first loop.
+Prepared = tuple[Tensor, ...]
 
 
 class Injection(Strategy):
-    """Abstract injection."""
+    """Abstract injection, in two steps: what is the same in every loop, and what enters one.
+
+    Parameters are read in the first step only, which returns tensors: hooks on a module, such as those by which ZeRO-3
+    brings its weights back for the backward pass, see what the module returns, and nothing that a closure holds.
+    """
 
     #: Whether the core still sees the prelude after the first loop; without it truncated backpropagation would cut
     #: the prelude off from every gradient.
     carries_prelude = True
 
     @abstractmethod
-    def forward(self, prelude: Tensor) -> Inject:
-        """Bind the injection to a prelude output [B, S, D].
+    def forward(self, prelude: Tensor) -> Prepared:
+        """What `inject` needs of a prelude output [B, S, D]."""
 
-        Returns:
-            the map from a state and the loop it enters (from 0) to the core's input [B, S, D]. What is the same in
-            every loop has been computed. Where a model is spread over devices, the state may come from another one
-            than the prelude.
+    @abstractmethod
+    def inject(self, prepared: Prepared, state: Tensor, loop_idx: int) -> Tensor:
+        """The core's input [B, S, D] in loop `loop_idx` (from 0).
+
+        Args:
+            prepared: what `forward` returned.
+            state: [B, S, D]. Where a model is spread over devices, it may come from another one than the prelude.
+            loop_idx: the loop that the state enters.
         """
 
     def spectral_radius(self) -> Tensor | None:
@@ -59,8 +66,11 @@ class NoInjection(Injection):
 
     carries_prelude = False
 
-    def forward(self, prelude: Tensor) -> Inject:
-        return lambda state, loop_idx: state
+    def forward(self, prelude: Tensor) -> Prepared:
+        return ()
+
+    def inject(self, prepared: Prepared, state: Tensor, loop_idx: int) -> Tensor:
+        return state
 
     def spectral_radius(self) -> Tensor:
         return torch.ones(())
@@ -71,8 +81,12 @@ class NoInjection(Injection):
 class AddInjection(Injection):
     """x = s + e. The linear part has spectral radius 1: marginally stable."""
 
-    def forward(self, prelude: Tensor) -> Inject:
-        return lambda state, loop_idx: state.to(prelude.device) + prelude
+    def forward(self, prelude: Tensor) -> Prepared:
+        return (prelude,)
+
+    def inject(self, prepared: Prepared, state: Tensor, loop_idx: int) -> Tensor:
+        (prelude,) = prepared
+        return state.to(prelude.device) + prelude
 
     def spectral_radius(self) -> Tensor:
         return torch.ones(())
@@ -123,19 +137,16 @@ class ConcatInjection(Injection):
             for_prelude = torch.zeros(state, prelude) if keep_state else torch.eye(state, prelude)
             init.copy_(self.weight, torch.cat((for_state, for_prelude), dim=1))
 
-    def forward(self, prelude: Tensor) -> Inject:
+    def forward(self, prelude: Tensor) -> Prepared:
         for_state, for_prelude = self.weight.split((self.context.hidden_size, self.context.prelude_size), dim=1)
-        injected = F.linear(prelude, for_prelude, self.bias)
-        skips = self.params.first_loop == "skip"
+        return prelude, F.linear(prelude, for_prelude, self.bias), for_state
 
-        def inject(state: Tensor, loop_idx: int) -> Tensor:
-            if skips and loop_idx == 0:
-                # In training `0 * injected` keeps the matrix in the graph of a one-loop run, as DDP and the Trainer
-                # expect.
-                return prelude + 0.0 * injected if self.training else prelude
-            return F.linear(state.to(injected.device), for_state) + injected
-
-        return inject
+    def inject(self, prepared: Prepared, state: Tensor, loop_idx: int) -> Tensor:
+        prelude, injected, for_state = prepared
+        if self.params.first_loop == "skip" and loop_idx == 0:
+            # In training `0 * injected` keeps the matrix in the graph of a one-loop run: DDP and the Trainer want it.
+            return prelude + 0.0 * injected if self.training else prelude
+        return F.linear(state.to(injected.device), for_state) + injected
 
     @torch.no_grad()
     def spectral_radius(self) -> Tensor:
@@ -214,13 +225,15 @@ class DiagonalInjection(Injection):
         """The largest decay, exactly."""
         return self.decay().max()
 
-    def forward(self, prelude: Tensor) -> Inject:
+    def forward(self, prelude: Tensor) -> Prepared:
         rate, gain = self.rate_and_step()
         if self.params.input_matrix == "zoh":
             # (1 - decay) / rate, written as the step times a factor that is 1 in fp32 for all smaller exponents: the
             # limit for rate -> 0 is the step, where the quotient itself would be 0 / 0.
             exponent = (gain * rate).clamp_min(1e-7)
             gain = gain * (-torch.expm1(-exponent) / exponent)
-        injected = F.linear(prelude, self.B) * gain.to(prelude.dtype)
-        decay = self.decay(prelude.dtype)
-        return lambda state, loop_idx: torch.addcmul(injected, state.to(injected.device), decay)
+        return F.linear(prelude, self.B) * gain.to(prelude.dtype), self.decay(prelude.dtype)
+
+    def inject(self, prepared: Prepared, state: Tensor, loop_idx: int) -> Tensor:
+        injected, decay = prepared
+        return torch.addcmul(injected, state.to(injected.device), decay)

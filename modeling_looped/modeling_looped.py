@@ -40,7 +40,7 @@ from .embeddings import LoopedEmbeddingMixin
 from .generation import LoopedGenerationMixin
 from .halting import HALTINGS, Readings, Route, Step
 from .heads import FirstTokenPooler, LoopedHeadMixin, MaskedLMTransform
-from .injection import INJECTIONS, Inject
+from .injection import INJECTIONS, Prepared
 from .inputs import (
     attention_masks,
     default_position_ids,
@@ -458,7 +458,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         prelude = self.residual_streams.carry(prelude)
         if self.prelude_norm is not None:
             prelude = self.prelude_norm(prelude)
-        inject = self.injection(prelude)
+        injected = self.injection(prelude)
         state = self.residual_streams.carry(self.state_init(prelude, positions))
         if initial_state is not None:
             if initial_state.ndim == 3:
@@ -496,7 +496,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
                 taken, held[turn.layers], anchors = step(
                     entering,
                     streams[turn.state],
-                    inject,
+                    injected,
                     turn,
                     layout,
                     depth,
@@ -521,7 +521,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         self,
         entering: Tensor,
         previous: Tensor,
-        inject: Inject,
+        injected: Prepared,
         turn: Turn,
         layout: SlotLayout,
         depth: Depth,
@@ -534,7 +534,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedPreTrainedModel):
         """One turn: from what enters it and the state that it will replace, both [B, S, D], the keys and values that
         loops share, and the anchors so far.
         """
-        core_input = self.loop_conditioning(inject(entering, turn.loop), turn.loop, positions)
+        core_input = self.loop_conditioning(self.injection.inject(injected, entering, turn.loop), turn.loop, positions)
         # shared keys and values are every token's, so that nothing is to be hidden
         active = {} if route is None or self.config.kv_sharing != "none" else {"active": route.active}
         output, held, anchors = run(core_input, turn.layers, turn.loop, held, anchors, **active)

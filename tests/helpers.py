@@ -7,6 +7,7 @@ import torch
 from transformers import Cache
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM
+from modeling_looped.injection import Injection
 
 #: Largest absolute difference that counts as equal, per dtype, for logits of order one.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -143,6 +144,11 @@ def tiny_model(
     config = tiny_config(**overrides)
     config._attn_implementation = attn_implementation
     return randomise(LoopedForCausalLM(config), seed=seed, std=std).eval()
+
+
+def entering(injection: Injection, prelude: torch.Tensor, state: torch.Tensor, loop_idx: int = 0) -> torch.Tensor:
+    """The core's input that an injection makes of a prelude output and a state."""
+    return injection.inject(injection(prelude), state, loop_idx)
 
 
 def random_tokens(batch: int = 2, length: int = 7, *, seed: int = 0, vocab_size: int = 97) -> torch.Tensor:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import VARIANTS, random_tokens, tiny_config, tiny_model
+from helpers import VARIANTS, entering, random_tokens, tiny_config, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -52,7 +52,7 @@ def test_the_injection_and_its_gradients_are_finite_for_every_parameter(a_log, d
     injection = diagonal(a_log, dt_bias, dtype, input_matrix=input_matrix)
     prelude = torch.ones(1, 2, WIDTH, dtype=dtype, requires_grad=True)
     state = torch.ones(1, 2, WIDTH, dtype=dtype, requires_grad=True)
-    output = injection(prelude)(state, 0)
+    output = entering(injection, prelude, state)
     assert output.isfinite().all()
     output.sum().backward()
     for tensor in (prelude, state, *injection.parameters()):
@@ -66,7 +66,9 @@ def test_the_zero_order_hold_is_the_integral_of_the_decay(a_log, dt_bias):
     step = math.log1p(math.exp(dt_bias))
     rate = math.exp(a_log)
     expected = -math.expm1(-step * rate) / rate
-    injected = diagonal(a_log, dt_bias, input_matrix="zoh")(torch.ones(1, 1, WIDTH))(torch.zeros(1, 1, WIDTH), 0)
+    injected = entering(
+        diagonal(a_log, dt_bias, input_matrix="zoh"), torch.ones(1, 1, WIDTH), torch.zeros(1, 1, WIDTH)
+    )
     torch.testing.assert_close(injected, torch.full_like(injected, expected), rtol=1e-5, atol=1e-37)
 
 
@@ -74,8 +76,8 @@ def test_the_zero_order_hold_is_the_integral_of_the_decay(a_log, dt_bias):
 @given(a_log=st.floats(-3, 3), dt_bias=st.floats(-10, 3))
 def test_euler_and_zero_order_hold_agree_for_small_steps_and_hold_is_smaller(a_log, dt_bias):
     prelude, state = torch.ones(1, 1, WIDTH), torch.zeros(1, 1, WIDTH)
-    euler = diagonal(a_log, dt_bias, input_matrix="euler")(prelude)(state, 0)
-    hold = diagonal(a_log, dt_bias, input_matrix="zoh")(prelude)(state, 0)
+    euler = entering(diagonal(a_log, dt_bias, input_matrix="euler"), prelude, state)
+    hold = entering(diagonal(a_log, dt_bias, input_matrix="zoh"), prelude, state)
     assert (hold <= euler).all()
     small = math.log1p(math.exp(dt_bias)) * math.exp(a_log)
     torch.testing.assert_close(hold, euler, rtol=small, atol=1e-12)
@@ -100,10 +102,9 @@ def test_the_linear_part_converges_to_its_fixed_point():
     r"""x = \bar A x + \bar B e iterated from anywhere ends at (I - \bar A)^{-1} \bar B e: the hold's A^{-1} B e."""
     injection = diagonal(0.3, -0.2, input_matrix="zoh")
     prelude = torch.tensor([[[1.0, -2.0, 0.5]]])
-    inject = injection(prelude)
     state = torch.full_like(prelude, 100.0)
     for _ in range(200):
-        state = inject(state, 0)
+        state = entering(injection, prelude, state)
     torch.testing.assert_close(state, prelude / math.exp(0.3), rtol=1e-5, atol=1e-6)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import random_tokens, tiny_config
+from helpers import entering, random_tokens, tiny_config
 
 from modeling_looped import LoopedForCausalLM
 from modeling_looped.conditioning import LOOP_CONDITIONINGS
@@ -37,31 +37,30 @@ def fill(parameter: torch.Tensor, value: float | torch.Tensor) -> None:
 
 
 def test_none_injects_nothing():
-    assert torch.equal(build(INJECTIONS, "none")(PRELUDE)(STATE, 0), STATE)
+    assert torch.equal(entering(build(INJECTIONS, "none"), PRELUDE, STATE), STATE)
 
 
 def test_add_injects_the_sum():
-    assert torch.equal(build(INJECTIONS, "add")(PRELUDE)(STATE, 0), STATE + PRELUDE)
+    assert torch.equal(entering(build(INJECTIONS, "add"), PRELUDE, STATE), STATE + PRELUDE)
 
 
 @pytest.mark.parametrize(("start", "expected"), [("state", STATE), ("prelude", PRELUDE)])
 def test_concat_can_start_by_passing_one_side_on(start, expected):
-    assert torch.equal(build(INJECTIONS, {"type": "concat", "start": start})(PRELUDE)(STATE, 0), expected)
+    assert torch.equal(entering(build(INJECTIONS, {"type": "concat", "start": start}), PRELUDE, STATE), expected)
 
 
 def test_concat_multiplies_the_state_by_its_first_columns_and_the_prelude_by_its_last():
     injection = build(INJECTIONS, "linear")
     fill(injection.weight, torch.cat((2 * torch.eye(WIDTH), 10 * torch.eye(WIDTH)), dim=1))
-    torch.testing.assert_close(injection(PRELUDE)(STATE, 0), 2 * STATE + 10 * PRELUDE)
+    torch.testing.assert_close(entering(injection, PRELUDE, STATE), 2 * STATE + 10 * PRELUDE)
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_concat_may_skip_its_matrix_in_the_first_loop(training):
     injection = build(INJECTIONS, {"type": "concat", "start": "state", "first_loop": "skip"}).train(training)
-    inject = injection(PRELUDE)
-    assert torch.equal(inject(STATE, 0), PRELUDE)
+    assert torch.equal(entering(injection, PRELUDE, STATE), PRELUDE)
     for later in (1, 2, 7):
-        assert torch.equal(inject(STATE, later), STATE)
+        assert torch.equal(entering(injection, PRELUDE, STATE, later), STATE)
 
 
 #: A state of three channels behind a prelude of four.
@@ -78,7 +77,9 @@ def test_injections_and_readout_map_between_two_widths():
     }
     for name, (spec, expected) in specs.items():
         injection = build(INJECTIONS, spec, context=NARROW)
-        torch.testing.assert_close(injection(PRELUDE)(state, 0), expected, msg=lambda text, n=name: f"{n}: {text}")
+        torch.testing.assert_close(
+            entering(injection, PRELUDE, state), expected, msg=lambda text, n=name: f"{n}: {text}"
+        )
     readout = build(READOUTS, "linear", context=NARROW)
     assert readout.weight.shape == (4, 3)
     assert torch.equal(readout(state), torch.tensor([[[1.0, -2.0, 3.0, 0.0]]]))
@@ -93,23 +94,23 @@ def test_concat_starts_with_the_spread_of_the_models_initialisation():
 def test_diagonal_euler_is_the_published_system_and_starts_with_the_identity_for_b():
     injection = build(INJECTIONS, {"type": "diagonal", "initial_decay": 0.25})
     step = math.log(4)  # exp(-step) = 0.25
-    torch.testing.assert_close(injection(PRELUDE)(STATE, 0), 0.25 * STATE + step * PRELUDE)
+    torch.testing.assert_close(entering(injection, PRELUDE, STATE), 0.25 * STATE + step * PRELUDE)
 
 
 def test_diagonal_zero_order_hold_keeps_a_constant_input_constant():
     """With A = -1 and B = I the exact hold is decay * s + (1 - decay) * e."""
     injection = build(INJECTIONS, {"type": "diagonal", "initial_decay": 0.25, "input_matrix": "zoh"})
-    torch.testing.assert_close(injection(PRELUDE)(STATE, 0), 0.25 * STATE + 0.75 * PRELUDE)
-    torch.testing.assert_close(injection(PRELUDE)(PRELUDE, 0), PRELUDE)
+    torch.testing.assert_close(entering(injection, PRELUDE, STATE), 0.25 * STATE + 0.75 * PRELUDE)
+    torch.testing.assert_close(entering(injection, PRELUDE, PRELUDE), PRELUDE)
 
 
 @pytest.mark.parametrize("input_matrix", ["euler", "zoh"])
 def test_diagonal_reads_the_prelude_through_b(input_matrix):
     injection = build(INJECTIONS, {"type": "diagonal", "input_matrix": input_matrix})
-    through_identity = injection(PRELUDE)(torch.zeros_like(STATE), 0)
+    through_identity = entering(injection, PRELUDE, torch.zeros_like(STATE))
     swap = torch.eye(WIDTH).flip(0)
     fill(injection.B, swap)
-    torch.testing.assert_close(injection(PRELUDE)(torch.zeros_like(STATE), 0), through_identity.flip(-1))
+    torch.testing.assert_close(entering(injection, PRELUDE, torch.zeros_like(STATE)), through_identity.flip(-1))
 
 
 def test_replace_takes_the_output():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_tokens, tiny_model
+from helpers import entering, random_tokens, tiny_model
 from peft import LoraConfig, get_peft_model
 from torch.utils.tensorboard import SummaryWriter
 from training import run_arguments, sentence_dataset, tiny_tokenizer
@@ -262,8 +262,9 @@ def test_the_spectral_radius_is_the_largest_absolute_eigenvalue(name):
         for parameter in injection.parameters():
             parameter.normal_(generator=generator)
     zero = torch.zeros(1, 1, 6)
-    inject = injection(zero)
-    columns = [inject(row.view(1, 1, 6), 1) - inject(zero, 1) for row in torch.eye(6)]
+    columns = [
+        entering(injection, zero, row.view(1, 1, 6), 1) - entering(injection, zero, zero, 1) for row in torch.eye(6)
+    ]
     system = torch.cat(columns).view(6, 6).T.double()
     radius = torch.linalg.eigvals(system).abs().max().item()
     assert injection.spectral_radius().item() == pytest.approx(radius, rel=1e-2 if name == "concat" else 1e-5)

@@ -11,17 +11,24 @@ HERE = Path(__file__).parent
 PATIENCE = 400
 
 
-def launch(worker: str, folder: Path) -> None:
-    """Run `worker` on two ranks with `folder` as its argument; raises with its output if it fails or hangs."""
+def launch(worker: str, folder: Path, *, packages: Path | None = None) -> None:
+    """Run `worker` on two ranks with `folder` as its argument; raises with its output if it fails or hangs.
+
+    Args:
+        worker: a script of this folder.
+        folder: where it writes.
+        packages: folder of Python packages that only this worker finds.
+    """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    search = [str(HERE.parent.parent), str(HERE.parent), os.environ.get("PYTHONPATH", "")]
+    search = [HERE.parent.parent, HERE.parent, *([packages] if packages else []), os.environ.get("PYTHONPATH", "")]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(search),
+        "PYTHONPATH": os.pathsep.join(map(str, search)),
         "OMP_NUM_THREADS": "1",
         "PYTHONFAULTHANDLER": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "ACCELERATE_USE_CPU": "true",
+        "DS_ACCELERATOR": "cpu",
     }
     command += [str(HERE / worker), str(folder)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
