@@ -139,7 +139,8 @@ class ConcatInjection(Injection):
 
     def forward(self, prelude: Tensor) -> Prepared:
         for_state, for_prelude = self.weight.split((self.context.hidden_size, self.context.prelude_size), dim=1)
-        return prelude, F.linear(prelude, for_prelude, self.bias), for_state
+        # A copy: a view of a parameter made without gradients says that it requires them, which trips torch's hooks.
+        return prelude, F.linear(prelude, for_prelude, self.bias), for_state.contiguous()
 
     def inject(self, prepared: Prepared, state: Tensor, loop_idx: int) -> Tensor:
         prelude, injected, for_state = prepared

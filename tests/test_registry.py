@@ -155,7 +155,10 @@ def test_registering_a_type_is_all_that_a_new_one_takes(monkeypatch, tmp_path):
             nn.init.constant_(self.scale, self.params.start)
 
         def forward(self, prelude):
-            return lambda state, loop_idx: state + self.scale * prelude
+            return (self.scale * prelude,)
+
+        def inject(self, prepared, state, loop_idx):
+            return state + prepared[0]
 
     model = LoopedForCausalLM(tiny_config(injection={"type": "scaled_add", "start": 0.25})).eval()
     assert model.model.injection.scale.item() == 0.25

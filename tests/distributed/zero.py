@@ -5,7 +5,6 @@ how far the weights are, after a few steps of other loop counts, from those of o
 """
 
 import copy
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -18,9 +17,8 @@ from helpers import random_tokens, tiny_model
 from distributed.gradients import VARIANTS as OTHERS
 from distributed.leave import leave
 
-STAGES = (1, 2, 3)
 VARIANTS = {"plain": {}, "concat": {"injection": "concat"}, **OTHERS}
-CASES = list(itertools.product(STAGES, VARIANTS))
+CASES = [(1, "plain"), (2, "plain"), *((3, variant) for variant in VARIANTS)]
 LOOPS = (3, 1, 4)
 RATE = 0.1
 
@@ -69,6 +67,7 @@ def run_case(stage: int, variant: str) -> dict:
 
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
+    deepspeed.ops.__compatible_ops__.clear()  # it would compile one, for half a minute, which training does not use
     deepspeed.init_distributed("gloo", verbose=False)
     results = {f"{stage}/{variant}": run_case(stage, variant) for stage, variant in CASES}
     if dist.get_rank() == 0:
