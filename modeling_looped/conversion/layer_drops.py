@@ -21,13 +21,14 @@ def without_layers(teacher: PreTrainedModel, layers: Collection[int]) -> Iterato
     wait for their keys and values.
     """
     stack: Any = teacher.get_submodule("model.layers")
+    left_out = [stack[layer] for layer in set(layers)]
+    for layer in left_out:
+        layer.forward = handed_on  # on the module itself, before its class's
     try:
-        for layer in layers:
-            stack[layer].forward = handed_on  # on the module itself, before its class's
         yield
     finally:
-        for layer in layers:
-            del stack[layer].forward
+        for layer in left_out:
+            del layer.forward
 
 
 def handed_on(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
