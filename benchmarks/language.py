@@ -3,16 +3,18 @@
     python benchmarks/language.py --text TRAIN --eval VALID [--preset tiny] [--quick] \
         [--output benchmarks/results/language.json]
 
-- `looped`: prelude, core x L, coda;
-- `equal`: a stock Llama of as many layers as the looped model stores;
-- `twice`: one of twice as many, which are as many as the looped model runs: the same FLOPs per token.
+- `looped`: few wide layers, run several times;
+- `equal`: a stock Llama of as many parameters, in more and narrower layers;
+- `twice`: that Llama with twice as many layers;
+- `once`: a stock Llama of the looped model's stored layers: whether it is the width that helps.
 
-All have the same width, tokenizer, batches, optimiser and schedule, and with the same seed the same tokens in the same
-order. The rate of each is the best of --rates, with the first seed on --tuning-tokens. Every seed then trains all
-three on --tokens; and `equal` once more, on more tokens, until it has cost as much as the looped model. What looping
-gives is (L_equal - L_looped) / (L_equal - L_twice), of losses on held-out text: at the same tokens, and at the same
-training FLOPs. Last, with the first seed, `looped_drawn`: the looped model that drew its loops batch by batch, for
-`benchmarks/test_time_curve.py`. --output is written after each stage: tuning, same tokens, same FLOPs, drawn depths.
+All have the same tokenizer, batches, optimiser and schedule, and with the same seed the same tokens in the same order.
+The rate of each is the best of --rates, with the first seed on --tuning-tokens. Every seed then trains all on
+--tokens. What looping gives is (L_equal - L_looped) / (L_equal - L_twice), of losses on held-out text. With the first
+seed follow `looped_drawn`, the looped model that draws its loops batch by batch, for `benchmarks/test_time_curve.py`;
+and, since a looped step costs more, the training FLOPs of `twice` spent on fewer tokens by `looped` and on more by
+`equal`.
+--output is written after each stage: tuning, same tokens, drawn depths, same FLOPs.
 
 Every run is one of `python -m modeling_looped train`, in a folder of its own under --work: the same command goes on
 where it was stopped, and reads what is finished.
@@ -32,7 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from language_table import DRAWN, EQUAL, LOOPED, TWICE, Row, best_rates, shares, table
+from language_table import DRAWN, EQUAL, LOOPED, ONCE, TWICE, Row, best_rates, shares, table
 from small_runs import add_run_options, described, write_json
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -42,22 +44,29 @@ from modeling_looped.training.data import Source
 from modeling_looped.training.tokenizer import trained_tokenizer
 
 
-class Preset(NamedTuple):
-    """Sizes: `layers` of prelude, core and coda, of which the core runs `loops` times."""
+class Shape(NamedTuple):
+    """Stored `layers` of a width, with an MLP and attention heads."""
 
+    layers: int
     width: int
     intermediate: int
     heads: int
-    layers: tuple[int, int, int]
-    loops: int
+
+
+class Preset(NamedTuple):
+    """Sizes: a stacked shape, and one of as many parameters whose layers run `loops` times."""
+
     vocabulary: int
+    stacked: Shape
+    looped: Shape
+    loops: int
 
 
-#: In layers, 0.3 M, 1.2 M and 1.8 M parameters. Each runs twice as many layers as it stores.
+#: 0.43 M, 1.5 M and 2.6 M parameters.
 PRESETS = {
-    "tiny": Preset(width=96, intermediate=256, heads=3, layers=(1, 1, 1), loops=4, vocabulary=1024),
-    "narrow": Preset(width=128, intermediate=352, heads=4, layers=(2, 2, 2), loops=4, vocabulary=2048),
-    "wide": Preset(width=192, intermediate=512, heads=6, layers=(1, 2, 1), loops=3, vocabulary=4096),
+    "tiny": Preset(1024, stacked=Shape(3, 96, 256, 3), looped=Shape(1, 144, 408, 4), loops=8),
+    "narrow": Preset(2048, stacked=Shape(6, 128, 352, 4), looped=Shape(2, 200, 576, 10), loops=4),
+    "wide": Preset(4096, stacked=Shape(4, 192, 512, 6), looped=Shape(1, 320, 760, 10), loops=4),
 }
 
 
@@ -97,32 +106,33 @@ def parse() -> argparse.Namespace:
 
 def fields_of(name: str, preset: Preset, length: int) -> dict[str, Any]:
     """The config of a contestant."""
-    shape = {
+    shape = preset.stacked if name in (EQUAL, TWICE) else preset.looped
+    fields = {
         "vocab_size": preset.vocabulary,
-        "hidden_size": preset.width,
-        "intermediate_size": preset.intermediate,
-        "num_attention_heads": preset.heads,
-        "num_key_value_heads": preset.heads,
+        "hidden_size": shape.width,
+        "intermediate_size": shape.intermediate,
+        "num_attention_heads": shape.heads,
+        "num_key_value_heads": shape.heads,
         "max_position_embeddings": length,
         "rms_norm_eps": 1e-5,
         "tie_word_embeddings": True,
         # as GPT-2's 0.02 at its width of 768: less than half of 1 / sqrt(width)
-        "initializer_range": round(0.02 * math.sqrt(768 / preset.width), 3),
+        "initializer_range": round(0.02 * math.sqrt(768 / shape.width), 3),
     }
-    if name in (LOOPED, DRAWN):
-        parts = zip(("num_prelude_layers", "num_core_layers", "num_coda_layers"), preset.layers, strict=True)
-        looped = {**shape, "model_type": "looped", **dict(parts), "num_loops": preset.loops}
-        drawn = {"depth_sampling": {"type": "poisson", "granularity": "batch", "mean": float(preset.loops)}}
-        return looped if name == LOOPED else {**looped, **drawn}
-    stored = sum(preset.layers)
-    return {**shape, "model_type": "llama", "num_hidden_layers": stored if name == EQUAL else 2 * stored}
+    if name not in (LOOPED, DRAWN):
+        return {**fields, "model_type": "llama", "num_hidden_layers": (1 + (name == TWICE)) * shape.layers}
+    fields |= {"model_type": "looped", "num_loops": preset.loops, "loop_conditioning": {"type": "norms"}}
+    fields |= {"num_prelude_layers": 0, "num_core_layers": shape.layers, "num_coda_layers": 0}
+    if name == DRAWN:
+        fields["depth_sampling"] = {"type": "poisson", "granularity": "batch", "mean": float(preset.loops)}
+    return fields
 
 
 def costs(fields: dict[str, Any], length: int) -> tuple[int, float]:
     """Parameters, and FLOPs of training per token, as torch counts them on a real block."""
     kind = CONFIG_MAPPING[fields["model_type"]]
     config = kind(**{name: value for name, value in fields.items() if name != "model_type"})
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config).eval()  # in training it could draw another loop count
     ids = torch.zeros(1, length, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(ids, labels=ids, use_cache=False).loss.backward()
@@ -161,7 +171,7 @@ def train(options: argparse.Namespace, job: Job, tokenizer: Path) -> Row:
     }
     arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     if job.name in (LOOPED, DRAWN):
-        arguments += ["--eval_num_loops", "1", "2", "4", "8"]
+        arguments += ["--eval_num_loops", "1", "2", "4", "8", "16"]
     found = finish(output, [sys.executable, "-m", "modeling_looped", "train", *arguments])
     parameters, flops = costs(fields, options.length)
     metrics = found["metrics"]
@@ -220,20 +230,20 @@ def main() -> None:
         with ThreadPoolExecutor(options.workers) as pool:
             return list(pool.map(lambda job: train(options, job, tokenizer), jobs))
 
-    names = (EQUAL, LOOPED, TWICE)
-    tuning = run([Job(n, rate, options.seeds[0], options.tuning_tokens) for n in names for rate in options.rates])
+    names = (LOOPED, TWICE, EQUAL, ONCE)  # the longest runs first
+    first, *others = options.seeds
+    tuning = run([Job(name, rate, first, options.tuning_tokens) for name in names for rate in options.rates])
     write(options, tuning, {})
     rates = best_rates(tuning)
-    same_tokens = run([Job(name, rates[name], seed, options.tokens) for seed in options.seeds for name in names])
-    write(options, tuning, {"same tokens": same_tokens})
-    per_token = {name: costs(fields_of(name, preset, options.length), options.length)[1] for name in names}
-    longer = round(options.tokens * per_token[LOOPED] / per_token[EQUAL])
-    as_dear = run([Job(EQUAL, rates[EQUAL], seed, longer) for seed in options.seeds])
-    # the same FLOPs per token as the looped model's, but for the injection and rounding: what it has run is the run
-    same_flops = as_dear + [row for row in same_tokens if row["name"] != EQUAL]
-    groups = {"same tokens": same_tokens, "same FLOPs": same_flops}
+    same_tokens = run([Job(name, rates[name], seed, options.tokens) for name in names for seed in (first, *others)])
+    groups = {"same tokens": same_tokens}
     write(options, tuning, groups)
-    groups["drawn depths"] = run([Job(DRAWN, rates[LOOPED], options.seeds[0], options.tokens)])
+    groups["drawn depths"] = run([Job(DRAWN, rates[LOOPED], first, options.tokens)])
+    write(options, tuning, groups)
+    per_token = {name: costs(fields_of(name, preset, options.length), options.length)[1] for name in names}
+    as_dear = {name: round(options.tokens * per_token[TWICE] / per_token[name]) for name in (LOOPED, EQUAL)}
+    same_flops = run([Job(name, rates[name], first, tokens) for name, tokens in as_dear.items()])
+    groups["same FLOPs"] = same_flops + [row for row in same_tokens if (row["name"], row["seed"]) == (TWICE, first)]
     write(options, tuning, groups)
     print(table(groups))
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from modeling_looped.reporting.costs import markdown_table
 
-#: Contestants; the gap is between the equal one and the one of twice the parameters.
-EQUAL, LOOPED, TWICE, DRAWN = "equal", "looped", "twice", "looped_drawn"
+#: Contestants, in the order of the table; the gap is between the equal one and the one of twice the parameters.
+NAMES = EQUAL, LOOPED, TWICE, ONCE, DRAWN = "equal", "looped", "twice", "once", "looped_drawn"
 
 Row = dict[str, Any]
 
@@ -40,7 +40,7 @@ def table(groups: dict[str, list[Row]]) -> str:
     """A Markdown table of what each group of runs has in common (`same tokens`, `same FLOPs`), means over seeds."""
     lines = []
     for title, rows in groups.items():
-        names = list(dict.fromkeys(row["name"] for row in rows))
+        names = [name for name in NAMES if any(row["name"] == name for row in rows)]
         of_seeds = [share for share in shares(rows).values() if share is not None]
         for name in names:
             own = [row for row in rows if row["name"] == name]

@@ -145,10 +145,8 @@ class Addition(Task):
     through those a carry passes on, if there is one. Their share is drawn anew for every problem, from none to all.
     """
 
-    name = "addition"
-
-    def __init__(self, *, digits: int = 8, trained: int = 5):
-        self.digits, self.trained, self.hardest = digits, trained, digits + 1
+    def __init__(self, name: str = "addition", *, digits: int = 8, trained: int = 5):
+        self.name, self.digits, self.trained, self.hardest = name, digits, trained, digits + 1
         self.vocab_size, self.length = 13, 3 * digits + 3
 
     def draw(self, random: np.random.Generator, count: int, hardest: int) -> Problems:
@@ -228,4 +226,6 @@ class Composition(Task):
         return results
 
 
-TASKS: dict[str, Task] = {task.name: task for task in (Hops(), Addition(), Composition())}
+TASKS: dict[str, Task] = {
+    task.name: task for task in (Hops(), Addition(), Addition("long_addition", digits=16, trained=12), Composition())
+}

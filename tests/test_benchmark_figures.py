@@ -12,6 +12,7 @@ from helpers import random_tokens, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
+import language
 import language_table
 import reasoning
 import small_runs
@@ -131,6 +132,20 @@ def test_the_share_of_the_gap_is_taken_seed_by_seed_and_from_the_best_rates():
         row("equal", 4.1, rate=2),
     ]
     assert language_table.best_rates(tuned) == {"looped": 2e-3, "equal": 1e-3}
+
+
+@pytest.mark.parametrize("preset", language.PRESETS.values(), ids=list(language.PRESETS))
+def test_contestants_of_the_language_benchmark_have_the_sizes_that_it_says(preset):
+    length = 16
+    found = {name: language.costs(language.fields_of(name, preset, length), length) for name in language_table.NAMES}
+    parameters = {name: count for name, (count, _) in found.items()}
+    flops = {name: cost for name, (_, cost) in found.items()}
+    assert 0.98 * parameters["equal"] < parameters["looped"] <= parameters["equal"]
+    embeddings = preset.vocabulary * preset.stacked.width
+    assert parameters["twice"] - embeddings == pytest.approx(2 * (parameters["equal"] - embeddings), rel=1e-3)
+    assert found["looped_drawn"] == found["looped"]  # on average, it runs as many loops
+    head = 6 * preset.vocabulary * preset.looped.width
+    assert flops["looped"] - head == pytest.approx(preset.loops * (flops["once"] - head), rel=0.1)
 
 
 def double(settings: dict) -> dict:
