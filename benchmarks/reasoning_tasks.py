@@ -142,15 +142,17 @@ class Addition(Task):
     """Addition of two numbers of n digits, most significant first, all n + 1 digits of the sum asked at once.
 
     A digit of the sum takes 1 step and one more for each column below it, without a gap, whose digits add up to 9:
-    through those a carry passes on, if there is one. Their share is drawn anew for every problem, from none to all.
+    through those a carry passes on, if there is one. Their share is drawn anew for every problem, from none to all: it
+    is u^(1 / passing) with u uniform.
     """
 
-    def __init__(self, name: str = "addition", *, digits: int = 8, trained: int = 5):
+    def __init__(self, name: str = "addition", *, digits: int = 8, trained: int = 5, passing: float = 1.0):
         self.name, self.digits, self.trained, self.hardest = name, digits, trained, digits + 1
+        self.passing = passing
         self.vocab_size, self.length = 13, 3 * digits + 3
 
     def draw(self, random: np.random.Generator, count: int, hardest: int) -> Problems:
-        passes = random.random((count, self.digits)) < random.random((count, 1))
+        passes = random.random((count, self.digits)) < random.random((count, 1)) ** (1 / self.passing)
         run = np.zeros(count, dtype=int)
         before = np.empty((count, self.digits + 1), dtype=int)  # columns that pass on, right below each digit
         for column in range(self.digits):  # from the least significant
@@ -227,5 +229,6 @@ class Composition(Task):
 
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (Hops(), Addition(), Addition("long_addition", digits=16, trained=12), Composition())
+    task.name: task
+    for task in (Hops(), Addition(), Addition("long_addition", digits=16, trained=10, passing=3), Composition())
 }
