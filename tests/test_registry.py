@@ -1,15 +1,15 @@
 """The registry that turns a spec in the config into a strategy in the model, on types made up here."""
 
 import dataclasses
-from typing import final
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import random_tokens, tiny_config
-from torch import nn
 
-from modeling_looped import LoopedConfig, LoopedForCausalLM
-from modeling_looped.injection import INJECTIONS, Injection
+from modeling_looped import LoopedConfig, LoopedForCausalLM, injection
+from modeling_looped.injection import INJECTIONS
 from modeling_looped.registry import BuildContext, NoParams, Registry, Strategy, of_kind
 
 CONTEXT = BuildContext(hidden_size=4, num_core_layers=1, initializer_range=0.02, rms_norm_eps=1e-5)
@@ -134,35 +134,16 @@ def test_a_type_without_parameters_needs_no_declaration():
 
 
 def test_registering_a_type_is_all_that_a_new_one_takes(monkeypatch, tmp_path):
-    """A new injection: a config names it, a model builds and initialises it, a file carries it."""
+    """The type is the example of CONTRIBUTING.md, as it stands there."""
     monkeypatch.setattr(INJECTIONS, "_types", dict(INJECTIONS._types))
     monkeypatch.setattr(INJECTIONS, "_aliases", dict(INJECTIONS._aliases))
+    guide = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"## Add an injection\n.*?```python\n(.*?)```", guide, flags=re.DOTALL)
+    exec(example, dict(vars(injection)))
 
-    @INJECTIONS.register("scaled_add")
-    @final
-    class ScaledAdd(Injection):
-        """x = s + c e."""
-
-        @dataclasses.dataclass(frozen=True)
-        class Params:
-            start: float = 0.5
-
-        def __init__(self, params, context):
-            super().__init__(params, context)
-            self.scale = nn.Parameter(torch.empty(1))
-
-        def init_weights(self) -> None:
-            nn.init.constant_(self.scale, self.params.start)
-
-        def forward(self, prelude):
-            return (self.scale * prelude,)
-
-        def inject(self, prepared, state, loop_idx):
-            return state + prepared[0]
-
-    model = LoopedForCausalLM(tiny_config(injection={"type": "scaled_add", "start": 0.25})).eval()
-    assert model.model.injection.scale.item() == 0.25
+    model = LoopedForCausalLM(tiny_config(injection={"type": "scaled_add", "initial_scale": 0.25})).eval()
+    assert torch.equal(model.model.injection.scale, torch.full((model.config.hidden_size,), 0.25))
     model.save_pretrained(tmp_path)
-    assert LoopedConfig.from_pretrained(tmp_path).injection == {"type": "scaled_add", "start": 0.25}
+    assert LoopedConfig.from_pretrained(tmp_path).injection == {"type": "scaled_add", "initial_scale": 0.25}
     loaded = LoopedForCausalLM.from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(random_tokens()).logits, model(random_tokens()).logits)
