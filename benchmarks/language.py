@@ -9,12 +9,16 @@
 - `once`: a stock Llama of the looped model's stored layers: whether it is the width that helps.
 
 All have the same tokenizer, batches, optimiser and schedule, and with the same seed the same tokens in the same order.
-The rate of each is the best of --rates, with the first seed on --tuning-tokens. Every seed then trains all on
---tokens. What looping gives is (L_equal - L_looped) / (L_equal - L_twice), of losses on held-out text. With the first
-seed follow `looped_drawn`, the looped model that draws its loops batch by batch, for `benchmarks/test_time_curve.py`;
-and, since a looped step costs more, the training FLOPs of `twice` spent on fewer tokens by `looped` and on more by
-`equal`.
---output is written after each stage: tuning, same tokens, drawn depths, same FLOPs.
+The rate of each is the best of --rates, with the first seed on --tuning-tokens (`once` takes that of `equal`). Every
+seed then trains the first three on --tokens. What looping gives is (L_equal - L_looped) / (L_equal - L_twice), of
+losses on held-out text. With the first seed follow
+
+- `once`, on as many tokens;
+- since a looped step costs more, `looped` and `twice` on so few that they cost the training FLOPs of `equal`;
+- `looped_drawn`, the looped model that draws its loops batch by batch, on half the tokens: for
+  `benchmarks/test_time_curve.py`.
+
+--output is written after each stage.
 
 Every run is one of `python -m modeling_looped train`, in a folder of its own under --work: the same command goes on
 where it was stopped, and reads what is finished.
@@ -230,7 +234,7 @@ def main() -> None:
         with ThreadPoolExecutor(options.workers) as pool:
             return list(pool.map(lambda job: train(options, job, tokenizer), jobs))
 
-    names = (LOOPED, TWICE, EQUAL, ONCE)  # the longest runs first
+    names = (LOOPED, TWICE, EQUAL)  # the longest runs first
     first, *others = options.seeds
     tuning = run([Job(name, rate, first, options.tuning_tokens) for name in names for rate in options.rates])
     write(options, tuning, {})
@@ -238,12 +242,14 @@ def main() -> None:
     same_tokens = run([Job(name, rates[name], seed, options.tokens) for name in names for seed in (first, *others)])
     groups = {"same tokens": same_tokens}
     write(options, tuning, groups)
-    groups["drawn depths"] = run([Job(DRAWN, rates[LOOPED], first, options.tokens)])
+    same_tokens += run([Job(ONCE, rates[EQUAL], first, options.tokens)])
     write(options, tuning, groups)
     per_token = {name: costs(fields_of(name, preset, options.length), options.length)[1] for name in names}
-    as_dear = {name: round(options.tokens * per_token[TWICE] / per_token[name]) for name in (LOOPED, EQUAL)}
-    same_flops = run([Job(name, rates[name], first, tokens) for name, tokens in as_dear.items()])
-    groups["same FLOPs"] = same_flops + [row for row in same_tokens if (row["name"], row["seed"]) == (TWICE, first)]
+    as_cheap = {name: round(options.tokens * per_token[EQUAL] / per_token[name]) for name in (LOOPED, TWICE)}
+    same_flops = run([Job(name, rates[name], first, tokens) for name, tokens in as_cheap.items()])
+    groups["same FLOPs"] = same_flops + [row for row in same_tokens if (row["name"], row["seed"]) == (EQUAL, first)]
+    write(options, tuning, groups)
+    groups["drawn depths"] = run([Job(DRAWN, rates[LOOPED], first, options.tokens // 2)])
     write(options, tuning, groups)
     print(table(groups))
 
