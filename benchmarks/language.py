@@ -214,6 +214,7 @@ def write(options: argparse.Namespace, tuning: list[Row], groups: dict[str, list
     if options.output:
         found = {name: {"share_of_gap": shares(rows), "runs": rows} for name, rows in groups.items()}
         preset = PRESETS[options.preset]._asdict()
+        preset |= {name: part._asdict() for name, part in preset.items() if isinstance(part, Shape)}
         write_json(options.output, {**described(options), "preset": preset, "tuning": tuning, **found})
 
 
