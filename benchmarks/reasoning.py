@@ -31,7 +31,7 @@ from modeling_looped.reporting.costs import markdown_table
 
 CONTESTANTS = ("once", "looped", "stacked", "sampled")
 #: Steps of training, the same for all contestants: in short trials the tasks were learned at different speeds.
-STEPS = {"hops": 5000, "addition": 4000, "long_addition": 4000, "composition": 1500}
+STEPS = {"hops": 5000, "addition": 4000, "composition": 1500}
 #: Loop counts at test time, as multiples of the trained one.
 MULTIPLES = (0.25, 0.5, 1, 1.5, 2, 3, 4)
 #: Seeds of problems: those of a run's steps follow each other.

@@ -142,17 +142,17 @@ class Addition(Task):
     """Addition of two numbers of n digits, most significant first, all n + 1 digits of the sum asked at once.
 
     A digit of the sum takes 1 step and one more for each column below it, without a gap, whose digits add up to 9:
-    through those a carry passes on, if there is one. Their share is drawn anew for every problem, from none to all: it
-    is u^(1 / passing) with u uniform.
+    through those a carry passes on, if there is one. Their share is drawn anew for every problem, from none to all.
     """
 
-    def __init__(self, name: str = "addition", *, digits: int = 8, trained: int = 5, passing: float = 1.0):
-        self.name, self.digits, self.trained, self.hardest = name, digits, trained, digits + 1
-        self.passing = passing
+    name = "addition"
+
+    def __init__(self, *, digits: int = 8, trained: int = 5):
+        self.digits, self.trained, self.hardest = digits, trained, digits + 1
         self.vocab_size, self.length = 13, 3 * digits + 3
 
     def draw(self, random: np.random.Generator, count: int, hardest: int) -> Problems:
-        passes = random.random((count, self.digits)) < random.random((count, 1)) ** (1 / self.passing)
+        passes = random.random((count, self.digits)) < random.random((count, 1))
         run = np.zeros(count, dtype=int)
         before = np.empty((count, self.digits + 1), dtype=int)  # columns that pass on, right below each digit
         for column in range(self.digits):  # from the least significant
@@ -228,7 +228,4 @@ class Composition(Task):
         return results
 
 
-TASKS: dict[str, Task] = {
-    task.name: task
-    for task in (Hops(), Addition(), Addition("long_addition", digits=16, trained=10, passing=3), Composition())
-}
+TASKS: dict[str, Task] = {task.name: task for task in (Hops(), Addition(), Composition())}

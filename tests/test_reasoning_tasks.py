@@ -52,12 +52,7 @@ def solve_composition(task: Composition, tokens: list[int]) -> list[tuple[int, i
     return solved
 
 
-SOLVERS = {
-    "hops": solve_hops,
-    "addition": solve_addition,
-    "long_addition": solve_addition,
-    "composition": solve_composition,
-}
+SOLVERS = {"hops": solve_hops, "addition": solve_addition, "composition": solve_composition}
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
