@@ -60,6 +60,11 @@ def assert_same_tensors(left, right):
         assert torch.equal(left[name], right[name]), name
 
 
+def assert_close_logits(one, other):
+    """Equal tensors give logits that differ in the last bits on some processors, by where they lie in memory."""
+    torch.testing.assert_close(logits(one), logits(other), atol=TOLERANCE[torch.float32], rtol=0.0)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_loading_gives_the_saved_model_whatever_the_seed_and_the_loader(tmp_path, name):
     model = tiny_model(**VARIANTS[name])
@@ -71,7 +76,7 @@ def test_loading_gives_the_saved_model_whatever_the_seed_and_the_loader(tmp_path
         assert not info["unexpected_keys"]
         assert_same_tensors(loaded.state_dict(), model.state_dict())
         assert_same_tensors(dict(loaded.named_buffers()), dict(LoopedForCausalLM(model.config).named_buffers()))
-        assert torch.equal(logits(loaded), logits(model))
+        assert_close_logits(loaded, model)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -86,7 +91,7 @@ def test_every_parameter_and_buffer_is_initialised_when_a_model_is_built(poisone
 @pytest.mark.parametrize("name", VARIANTS)
 def test_loading_leaves_nothing_uninitialised(tmp_path, poisoned_memory, name):
     model = tiny_model(**VARIANTS[name])
-    assert torch.equal(logits(LoopedForCausalLM.from_pretrained(saved(model, tmp_path))), logits(model))
+    assert_close_logits(LoopedForCausalLM.from_pretrained(saved(model, tmp_path)), model)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
