@@ -48,6 +48,13 @@ def logits(model, **kwargs):
     return model.eval()(TOKENS, **kwargs).logits
 
 
+def realigned(model):
+    """A copy, whose weights lie in memory as torch aligns it: equal weights that lie as in their file can give other
+    last bits.
+    """
+    return copy.deepcopy(model)
+
+
 def saved(model, folder):
     model.save_pretrained(folder)
     return folder
@@ -58,11 +65,6 @@ def assert_same_tensors(left, right):
     for name in left:
         assert left[name].dtype == right[name].dtype, name
         assert torch.equal(left[name], right[name]), name
-
-
-def assert_close_logits(one, other):
-    """Equal tensors give logits that differ in the last bits on some processors, by where they lie in memory."""
-    torch.testing.assert_close(logits(one), logits(other), atol=TOLERANCE[torch.float32], rtol=0.0)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -76,7 +78,7 @@ def test_loading_gives_the_saved_model_whatever_the_seed_and_the_loader(tmp_path
         assert not info["unexpected_keys"]
         assert_same_tensors(loaded.state_dict(), model.state_dict())
         assert_same_tensors(dict(loaded.named_buffers()), dict(LoopedForCausalLM(model.config).named_buffers()))
-        assert_close_logits(loaded, model)
+        assert torch.equal(logits(realigned(loaded)), logits(model))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -91,7 +93,7 @@ def test_every_parameter_and_buffer_is_initialised_when_a_model_is_built(poisone
 @pytest.mark.parametrize("name", VARIANTS)
 def test_loading_leaves_nothing_uninitialised(tmp_path, poisoned_memory, name):
     model = tiny_model(**VARIANTS[name])
-    assert_close_logits(LoopedForCausalLM.from_pretrained(saved(model, tmp_path)), model)
+    assert torch.equal(logits(realigned(LoopedForCausalLM.from_pretrained(saved(model, tmp_path)))), logits(model))
 
 
 @pytest.mark.parametrize("name", VARIANTS)
