@@ -183,6 +183,7 @@ def test_a_stacked_baseline_trains_with_the_same_program(place, tmp_path):
         (["--model", json.dumps(LLAMA)], "eval_num_loops=[1, 3, 5]: a model of type 'llama' without a core"),
         (["--eval_num_loops", "1", "0"], "eval_num_loops=[1, 0] must be different numbers of at least 1"),
         (["--max_length", "65"], "max_length=65 is more than the model's max_position_embeddings=64"),
+        (["--attn_implementation", "quick"], "attn_implementation='quick': Specified"),
         (["--tokenizer_vocab_size", "100"], "tokenizer_vocab_size=100 must be at least 258"),
         (["--tokenizer_name_or_path", "x"], "tokenizer_name_or_path='x' names one that exists: leave one out"),
         (["--dataset_name", "missing.jsonl"], "'missing.jsonl' does not exist"),
@@ -258,3 +259,12 @@ def test_the_seed_decides_the_weights(record):
     one, same, other = (fresh_model(config, seed).state_dict() for seed in (1, 1, 2))
     assert all(torch.equal(same[name], tensor) for name, tensor in one.items())
     assert not torch.equal(other["model.embed_tokens.weight"], one["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("fields", [{"hidden_size": 32, "num_attention_heads": 2}, LLAMA], ids=["looped", "llama"])
+def test_the_attention_can_be_chosen(fields):
+    ids = torch.arange(24).reshape(2, 12)
+    models = [fresh_model(build_config(config_values(fields)), 0, name).eval() for name in ("eager", "sdpa")]
+    assert [model.config._attn_implementation for model in models] == ["eager", "sdpa"]
+    one, other = (model(ids).logits for model in models)
+    torch.testing.assert_close(one, other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 from collections.abc import Mapping
@@ -105,14 +106,30 @@ def check_config(config: PreTrainedConfig, block_length: int) -> None:
         raise ValueError("model: is_causal=False is an encoder, which does not predict the next token.")
 
 
-def fresh_model(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+def check_attention(config: PreTrainedConfig, attn_implementation: str | None) -> None:
+    """Raise ValueError for an attention that the model of `config` cannot have here."""
+    if attn_implementation is None:
+        return
+    try:
+        with torch.device("meta"):  # Transformers decides in the model's constructor; this one costs no memory
+            AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attn_implementation)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"attn_implementation={attn_implementation!r}: {error}") from error
+
+
+def fresh_model(config: PreTrainedConfig, seed: int, attn_implementation: str | None = None) -> PreTrainedModel:
     """The causal language model of `config` in fp32, its weights drawn with `seed`: the same in every process.
 
+    Args:
+        config: of the model.
+        seed: of its weights.
+        attn_implementation: one of Transformers' names; `None`: its own choice.
+
     Raises:
-        ValueError: if Transformers has none for this config.
+        ValueError: if Transformers has no model for this config, or no such attention.
     """
     set_seed(seed)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attn_implementation)
 
 
-__all__ = ["build_config", "check_config", "config_values", "fresh_model"]
+__all__ = ["build_config", "check_attention", "check_config", "config_values", "fresh_model"]

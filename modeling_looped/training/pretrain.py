@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from transformers.trainer_utils import IntervalStrategy
 
 from .data import collate_packed
-from .fresh_model import build_config, check_config, config_values, fresh_model
+from .fresh_model import build_config, check_attention, check_config, config_values, fresh_model
 from .guard import ExplosionError
 from .parameters import count
 from .pretraining import PretrainingConfig, PretrainingRun, PretrainingTrainer, check_eval_loops
@@ -63,6 +63,7 @@ def pretrain(
     values = config_values(model, changes)
     draft = build_config(values)  # what is wrong with it shall be known before anything is read
     check_config(draft, run.max_length)
+    check_attention(draft, run.attn_implementation)
     check_eval_loops(draft, args)
     if not run.eval_datasets and IntervalStrategy(args.eval_strategy) != IntervalStrategy.NO:
         report(f"eval_strategy={IntervalStrategy(args.eval_strategy).value!r} has no effect without eval_datasets")
@@ -78,7 +79,7 @@ def pretrain(
     record["model"] = {**config.to_diff_dict(), "transformers_version": None}
     check_same_run(output, record, ("data", "tokenizer", "model"), resuming=checkpoint is not None)
 
-    fresh = fresh_model(config, args.seed)
+    fresh = fresh_model(config, args.seed, run.attn_implementation)
     trainer = PretrainingTrainer(
         fresh,
         args,

@@ -31,6 +31,8 @@ class PretrainingRun(DataConfig):
             a mapping of its fields. `model_type` says which of Transformers' models it is; left out, it is a looped
             one. Of a folder only the config is read.
         model_config: fields of that to change, such as `{"num_loops": 4}`.
+        attn_implementation: which of Transformers' attentions computes it (`sdpa`, `eager`, `flash_attention_2`, …);
+            `None`: its own choice.
         tokenizer_name_or_path: an existing tokenizer's folder or Hub id; `None`: a byte-level BPE is trained on the
             run's text, once, into `output_dir/tokenizer`.
         tokenizer_vocab_size: tokens of the trained one; `None`: the model's `vocab_size`.
@@ -43,6 +45,9 @@ class PretrainingRun(DataConfig):
         default=None, metadata={"help": "Config of the model: a JSON file, a folder, or its fields as JSON."}
     )
     model_config: dict | str | None = field(default=None, metadata={"help": "Fields of that to change, as JSON."})
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "Attention: `sdpa`, `eager`, `flash_attention_2`, …"}
+    )
     tokenizer_name_or_path: str | None = field(
         default=None, metadata={"help": "An existing tokenizer; by default one is trained."}
     )
