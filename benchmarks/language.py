@@ -18,7 +18,7 @@ losses on held-out text. With the first seed follow
 - `looped_drawn`, the looped model that draws its loops batch by batch, on half the tokens: for
   `benchmarks/test_time_curve.py`.
 
---output is written after each stage.
+--output is written after each of these three stages.
 
 Every run is one of `python -m modeling_looped train`, in a folder of its own under --work: the same command goes on
 where it was stopped, and reads what is finished.
@@ -90,8 +90,8 @@ def parse() -> argparse.Namespace:
     add("--text", type=Path, required=True, help="to train on")
     add("--eval", type=Path, required=True, help="text that training never sees")
     add("--preset", choices=PRESETS, default="tiny")
-    add("--tokens", type=int, default=10_000_000, help="to train on (%(default)s)")
-    add("--tuning-tokens", type=int, default=1_000_000, help="of the runs that choose the rates (%(default)s)")
+    add("--tokens", type=int, default=20_000_000, help="to train on (%(default)s)")
+    add("--tuning-tokens", type=int, default=2_000_000, help="of the runs that choose the rates (%(default)s)")
     add("--rates", type=float, nargs="+", default=[1e-2, 2e-2, 4e-2], help="to try; adamw wants a tenth of them")
     add("--seeds", type=int, nargs="+", default=[0, 1])
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="of all three (%(default)s)")
@@ -175,7 +175,7 @@ def train(options: argparse.Namespace, job: Job, tokenizer: Path) -> Row:
         "output_dir": output,
     }
     if options.bf16:
-        # the backward pass of PyTorch's fused attention is three times slower in bf16 than in fp32 on a CPU
+        # on a CPU the backward pass of PyTorch's fused attention is two to three times slower in bf16 than in fp32
         settings |= {"bf16": True, "use_cpu": True, "attn_implementation": "eager"}
     arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     if job.name in (LOOPED, DRAWN):
@@ -247,14 +247,18 @@ def main() -> None:
     same_tokens = run([Job(name, rates[name], seed, options.tokens) for name in names for seed in (first, *others)])
     groups = {"same tokens": same_tokens}
     write(options, tuning, groups)
-    same_tokens += run([Job(ONCE, rates[EQUAL], first, options.tokens)])
-    write(options, tuning, groups)
     per_token = {name: costs(fields_of(name, preset, options.length), options.length)[1] for name in names}
     as_cheap = {name: round(options.tokens * per_token[EQUAL] / per_token[name]) for name in (LOOPED, TWICE)}
-    same_flops = run([Job(name, rates[name], first, tokens) for name, tokens in as_cheap.items()])
+    drawn, once, *same_flops = run(
+        [
+            Job(DRAWN, rates[LOOPED], first, options.tokens // 2),
+            Job(ONCE, rates[EQUAL], first, options.tokens),
+            *(Job(name, rates[name], first, tokens) for name, tokens in as_cheap.items()),
+        ]
+    )
     groups["same FLOPs"] = same_flops + [row for row in same_tokens if (row["name"], row["seed"]) == (EQUAL, first)]
-    write(options, tuning, groups)
-    groups["drawn depths"] = run([Job(DRAWN, rates[LOOPED], first, options.tokens // 2)])
+    groups["drawn depths"] = [drawn]
+    same_tokens.append(once)
     write(options, tuning, groups)
     print(table(groups))
 
