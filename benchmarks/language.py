@@ -69,7 +69,7 @@ class Preset(NamedTuple):
 #: 0.43 M, 1.5 M and 2.6 M parameters.
 PRESETS = {
     "tiny": Preset(1024, stacked=Shape(3, 96, 256, 3), looped=Shape(1, 144, 408, 3), loops=8),
-    "narrow": Preset(2048, stacked=Shape(6, 128, 352, 4), looped=Shape(2, 200, 576, 10), loops=4),
+    "narrow": Preset(2048, stacked=Shape(6, 128, 352, 4), looped=Shape(1, 264, 720, 6), loops=6),
     "wide": Preset(4096, stacked=Shape(4, 192, 512, 6), looped=Shape(1, 320, 760, 10), loops=4),
 }
 
