@@ -1,6 +1,6 @@
 """Language modelling from scratch: a looped model beside transformers of as many and of twice as many parameters.
 
-    python benchmarks/language.py --text TRAIN --eval VALID [--preset tiny] [--quick] \
+    python benchmarks/language.py --text TRAIN --eval VALID [--preset tiny] [--bf16] [--quick] \
         [--output benchmarks/results/language.json]
 
 - `looped`: few wide layers, run several times;
