@@ -18,7 +18,7 @@ losses on held-out text. With the first seed follow
 - `looped_drawn`, the looped model that draws its loops batch by batch, on half the tokens: for
   `benchmarks/test_time_curve.py`.
 
---output is written after each of these three stages.
+--output is written when the rates are chosen, when every seed is trained, and at the end.
 
 Every run is one of `python -m modeling_looped train`, in a folder of its own under --work: the same command goes on
 where it was stopped, and reads what is finished.
@@ -98,7 +98,7 @@ def parse() -> argparse.Namespace:
     add("--eval-tokens", type=int, default=131_072, help="of the text to evaluate on (%(default)s)")
     add("--length", type=int, default=128, help="tokens of a block (%(default)s)")
     add("--batch", type=int, default=32, help="blocks per step (%(default)s)")
-    add("--bf16", action="store_true", help="mixed precision: over twice as fast where the CPU multiplies bf16")
+    add("--bf16", action="store_true", help="mixed precision, faster where the machine multiplies bf16")
     add_run_options(parser, "build/language")
     options = parser.parse_args()
     if options.quick:
@@ -175,8 +175,10 @@ def train(options: argparse.Namespace, job: Job, tokenizer: Path) -> Row:
         "output_dir": output,
     }
     if options.bf16:
-        # on a CPU the backward pass of PyTorch's fused attention is two to three times slower in bf16 than in fp32
-        settings |= {"bf16": True, "use_cpu": True, "attn_implementation": "eager"}
+        settings["bf16"] = True
+        if not torch.cuda.is_available():
+            # Without use_cpu the Trainer refuses bf16 there; PyTorch's fused attention is slow in the backward pass.
+            settings |= {"use_cpu": True, "attn_implementation": "eager"}
     arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     if job.name in (LOOPED, DRAWN):
         arguments += ["--eval_num_loops", "1", "2", "4", "8", "16"]
@@ -245,8 +247,7 @@ def main() -> None:
     write(options, tuning, {})
     rates = best_rates(tuning)
     same_tokens = run([Job(name, rates[name], seed, options.tokens) for name in names for seed in (first, *others)])
-    groups = {"same tokens": same_tokens}
-    write(options, tuning, groups)
+    write(options, tuning, {"same tokens": same_tokens})
     per_token = {name: costs(fields_of(name, preset, options.length), options.length)[1] for name in names}
     as_cheap = {name: round(options.tokens * per_token[EQUAL] / per_token[name]) for name in (LOOPED, TWICE)}
     drawn, once, *same_flops = run(
@@ -256,9 +257,11 @@ def main() -> None:
             *(Job(name, rates[name], first, tokens) for name, tokens in as_cheap.items()),
         ]
     )
-    groups["same FLOPs"] = same_flops + [row for row in same_tokens if (row["name"], row["seed"]) == (EQUAL, first)]
-    groups["drawn depths"] = [drawn]
-    same_tokens.append(once)
+    groups = {
+        "same tokens": [*same_tokens, once],
+        "same FLOPs": same_flops + [row for row in same_tokens if (row["name"], row["seed"]) == (EQUAL, first)],
+        "drawn depths": [drawn],
+    }
     write(options, tuning, groups)
     print(table(groups))
 
