@@ -7,7 +7,6 @@
 Any value of the recipe can be overridden. The same command goes on where a run stopped.
 """
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,9 @@ import retrofit
 
 from modeling_looped.conversion.output_folder import MANIFEST
 from modeling_looped.training.config import DistillationConfig
-from modeling_looped.training.guard import ExplosionError
-from modeling_looped.training.recipe import RunConfig, parse_recipe
+from modeling_looped.training.recipe import RunConfig
 from modeling_looped.training.run import distill, training_source
-from modeling_looped.training.session import leave_process_group
+from modeling_looped.training.session import run_program
 
 #: Programs of this folder that make a student.
 PROGRAMS = {"compress": compress.main, "retrofit": retrofit.main}
@@ -72,20 +70,16 @@ def command_line(options: dict[str, Any]) -> list[str]:
     return words
 
 
+def make_and_distill(run: RunConfig, args: DistillationConfig, **options: Any) -> dict[str, Any]:
+    """Make the student, where the recipe says how, and distil; `options` are those of `distill`."""
+    run.student = make_student(run, args)
+    return distill(run, args, **options)
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     given = sys.argv[1:] if arguments is None else arguments
-    command = shlex.join(["python", "conversion/distill.py", *given])
-    try:
-        run, args = parse_recipe(given)
-        run.student = make_student(run, args)
-        leads = args.process_index == 0
-        distill(run, args, command=command, report=print if leads else lambda line: None)
-        leave_process_group()
-    except (ValueError, OSError, ExplosionError) as error:
-        print(f"distill.py: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return run_program("python conversion/distill.py", given, (RunConfig, DistillationConfig), make_and_distill)
 
 
 if __name__ == "__main__":

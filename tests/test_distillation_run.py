@@ -13,10 +13,12 @@ from safetensors.torch import load_file
 from teachers import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
+from modeling_looped.conversion.teacher import find_teacher
 from modeling_looped.scaling.runs import gather
 from modeling_looped.training.config import DistillationConfig
 from modeling_looped.training.data import PackedStream, Source, packed, packed_blocks
-from modeling_looped.training.recipe import changed_values, parse_recipe
+from modeling_looped.training.recipe import RunConfig, changed_values, parse_recipe
+from modeling_looped.training.run import load_student
 
 ROOT = Path(__file__).parent.parent
 
@@ -132,6 +134,7 @@ def test_other_data_in_the_same_folder_is_refused(place, finished, capsys):
         (["--dataset_streaming", "True", "--teacher_targets", "x"], "leave one of the two out"),
         (["--dataset_text_field", "body"], "no text_field='body'; its columns: text"),
         (["--max_length", "100000"], "does not fill one block of 100000 tokens"),
+        (["--student_attn_implementation", "quick"], "student_attn_implementation='quick': Specified"),
         (["--student", "nowhere/at/all"], "student='nowhere/at/all' is neither a folder nor"),
     ],
 )
@@ -139,6 +142,14 @@ def test_what_cannot_work_is_named(wrong, message, place, finished, tmp_path, ca
     more = [] if "--student" in wrong else ["--student", str(finished / "start")]
     assert distill(place, tmp_path / "out", *more, *wrong) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_the_attention_of_the_student_can_be_chosen(name, finished):
+    start = str(finished / "start")
+    run = RunConfig(student=start, student_attn_implementation=name, student_config={"num_loops": 3}, dataset_name="x")
+    student = load_student(find_teacher(start), run)
+    assert (student.config._attn_implementation, student.config.num_loops) == (name, 3)
 
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_defaults(place):

@@ -106,15 +106,17 @@ def check_config(config: PreTrainedConfig, block_length: int) -> None:
         raise ValueError("model: is_causal=False is an encoder, which does not predict the next token.")
 
 
-def check_attention(config: PreTrainedConfig, attn_implementation: str | None) -> None:
-    """Raise ValueError for an attention that the model of `config` cannot have here."""
+def check_attention(
+    config: PreTrainedConfig, attn_implementation: str | None, field: str = "attn_implementation"
+) -> None:
+    """Raise ValueError, with the name of `field`, for an attention that the model of `config` cannot have here."""
     if attn_implementation is None:
         return
     try:
         with torch.device("meta"):  # Transformers decides in the model's constructor; this one costs no memory
             AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attn_implementation)
     except (ImportError, ValueError) as error:
-        raise ValueError(f"attn_implementation={attn_implementation!r}: {error}") from error
+        raise ValueError(f"{field}={attn_implementation!r}: {error}") from error
 
 
 def fresh_model(config: PreTrainedConfig, seed: int, attn_implementation: str | None = None) -> PreTrainedModel:

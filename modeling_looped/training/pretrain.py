@@ -7,7 +7,6 @@ accelerate launch --config_file configuration/accelerate/ddp.yaml -m modeling_lo
 from __future__ import annotations
 
 import hashlib
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,13 +18,11 @@ from transformers.trainer_utils import IntervalStrategy
 
 from .data import collate_packed
 from .fresh_model import build_config, check_attention, check_config, config_values, fresh_model
-from .guard import ExplosionError
 from .parameters import count
 from .pretraining import PretrainingConfig, PretrainingRun, PretrainingTrainer, check_eval_loops
-from .recipe import parse_recipe
 from .record import check_same_run, last_checkpoint, new_record
 from .run_data import run_data, training_source
-from .session import leave_process_group, train_and_record
+from .session import run_program, train_and_record
 from .tokenizer import trained_tokenizer
 
 #: Folder of a trained tokenizer in that of the run.
@@ -129,16 +126,7 @@ def described(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m modeling_looped train`; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    command = shlex.join(["python", "-m", "modeling_looped", "train", *given])
-    try:
-        run, args = parse_recipe(given, (PretrainingRun, PretrainingConfig), "python -m modeling_looped train")
-        leads = args.process_index == 0
-        pretrain(run, args, command=command, report=print if leads else lambda line: None)
-        leave_process_group()
-    except (ValueError, OSError, ExplosionError) as error:
-        sys.stderr.write(f"modeling_looped train: {error}\n")
-        return 1
-    return 0
+    return run_program("python -m modeling_looped train", given, (PretrainingRun, PretrainingConfig), pretrain)
 
 
 __all__ = ["main", "pretrain"]

@@ -85,6 +85,8 @@ class RunConfig(DataConfig):
         student_gguf_file: GGUF file in the student's folder.
         student_config: fields of the student's config to change, such as `{"num_loops": 4}`.
         student_dtype: of the student's weights while they train.
+        student_attn_implementation: which of Transformers' attentions computes it (`sdpa`, `eager`, …); `None`:
+            its own choice.
         teacher_targets: folder for the teacher's distributions, computed once before training; `None`: the teacher
             runs beside the student.
         top_k: entries that are kept of each distribution.
@@ -100,6 +102,9 @@ class RunConfig(DataConfig):
         default=None, metadata={"help": "Fields of the student's config to change, as JSON."}
     )
     student_dtype: str = field(default="float32", metadata={"help": "Dtype of the student's weights."})
+    student_attn_implementation: str | None = field(
+        default=None, metadata={"help": "The student's attention: `sdpa`, `eager`, `flash_attention_2`, …"}
+    )
     teacher_targets: str | None = field(
         default=None, metadata={"help": "Folder for the teacher's distributions, computed once."}
     )

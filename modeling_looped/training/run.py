@@ -14,6 +14,7 @@ from modeling_looped.conversion.teacher import TeacherFiles, find_teacher
 
 from .config import DistillationConfig
 from .data import PackedBlocks, PackedStream, collate_packed
+from .fresh_model import check_attention
 from .layer_map import map_of_folder
 from .parameters import count
 from .recipe import RunConfig, check_names
@@ -53,6 +54,7 @@ def distill(
         raise ValueError(f"student={run.student} must be a folder or a Hub id here.")
     output = Path(str(args.output_dir))
     source = find_teacher(run.student, gguf_file=run.student_gguf_file, field="student")
+    check_attention(source.config, run.student_attn_implementation, "student_attn_implementation")
     teacher_files = teacher_of(args)
     tokenizer = source.tokenizer()
     train, evaluations = run_data(run, args, tokenizer, report)
@@ -135,13 +137,14 @@ def load_student(source: TeacherFiles, run: RunConfig) -> PreTrainedModel:
         raise ValueError(f"student_dtype={run.student_dtype!r} must be one of: float32, bfloat16, float16.")
     changes: Any = run.student_config or {}
     check_names(changes, source.config.to_dict(), "student_config")
+    attention: Any = {"attn_implementation": run.student_attn_implementation}
     if source.gguf_file is None:
-        return AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **changes)
+        return AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, **attention, **changes)
     loaded = source.model(dtype=dtype)
     values = {name: value for name, value in loaded.config.to_dict().items() if name != "quantization_config"}
     config = type(loaded.config).from_dict({**values, **changes})
     # anew: what was loaded from a GGUF file refuses to be saved
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention)
     model.load_state_dict(loaded.state_dict())
     return model
 

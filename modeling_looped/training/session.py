@@ -1,8 +1,10 @@
-"""The part of a run that pretraining and distillation share: train, evaluate, save, and keep the record."""
+"""What pretraining and distillation share: train, evaluate, save, keep the record, and their programs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shlex
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,9 @@ from transformers.trainer import unwrap_peft_model
 from modeling_looped.accounting import count_flops
 from modeling_looped.modeling_looped import LoopedPreTrainedModel
 
+from .guard import ExplosionError
 from .progress import ProgressLines
+from .recipe import parse_recipe
 from .record import finish, write_record
 
 
@@ -55,10 +59,29 @@ def train_and_record(
     return record
 
 
-def leave_process_group() -> None:
-    """What a program of many processes does at its end: a group that is left to the interpreter's may abort it."""
-    if dist.is_available() and dist.is_initialized():
-        dist.destroy_process_group()
+def run_program(program: str, given: Sequence[str], configs: tuple[type, type], train: Callable[..., object]) -> int:
+    """A program that trains as its command line says, in one process or as one of many.
+
+    Args:
+        program: how it is started.
+        given: the rest of the command line.
+        configs: dataclasses of the recipe, the run's and the trainer's.
+        train: called with an instance of each, `command` and `report`.
+
+    Returns:
+        the exit status: 1 if the recipe cannot work, or the training exploded.
+    """
+    try:
+        run, args = parse_recipe(given, configs, program)
+        leads = args.process_index == 0
+        train(run, args, command=shlex.join([*program.split(), *given]), report=print if leads else lambda line: None)
+        # a group that is left to the interpreter's end may abort it
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    except (ValueError, OSError, ExplosionError) as error:
+        sys.stderr.write(f"{program}: {error}\n")
+        return 1
+    return 0
 
 
-__all__ = ["leave_process_group", "train_and_record"]
+__all__ = ["run_program", "train_and_record"]
