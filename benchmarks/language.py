@@ -10,8 +10,9 @@
 
 All have the same tokenizer, batches, optimiser and schedule, and with the same seed the same tokens in the same order.
 The rate of each is the best of --rates, with the first seed on --tuning-tokens (`once` takes that of `equal`). Every
-seed then trains the first three on --tokens. What looping gives is (L_equal - L_looped) / (L_equal - L_twice), of
-losses on held-out text. With the first seed follow
+seed then trains the first three on --tokens, and those that --again names at that rate too: a rate that is best on few
+tokens may be too high for many. The one whose mean loss over seeds is lower counts. What looping gives is
+(L_equal - L_looped) / (L_equal - L_twice), of losses on held-out text. With the first seed follow
 
 - `once`, on as many tokens;
 - since a looped step costs more, `looped` and `twice` on so few that they cost the training FLOPs of `equal`;
@@ -38,7 +39,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from language_table import DRAWN, EQUAL, LOOPED, ONCE, TWICE, Row, best_rates, shares, table
+from language_table import DRAWN, EQUAL, LOOPED, ONCE, TWICE, Row, best_rates, share_of_means, shares, table
 from small_runs import add_run_options, described, write_json
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
@@ -85,6 +86,17 @@ class Job(NamedTuple):
     tokens: int
 
 
+def name_and_rate(text: str) -> tuple[str, float]:
+    """`twice=1e-2` as a contestant and its learning rate."""
+    name, _, rate = text.partition("=")
+    if name not in (LOOPED, TWICE, EQUAL):
+        raise argparse.ArgumentTypeError(f"{text!r} must begin with one of {LOOPED}, {TWICE} and {EQUAL}")
+    try:
+        return name, float(rate)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} must end in a learning rate, as in {name}=1e-2") from None
+
+
 def parse() -> argparse.Namespace:
     """Options of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -95,6 +107,8 @@ def parse() -> argparse.Namespace:
     add("--tokens", type=int, default=20_000_000, help="to train on (%(default)s)")
     add("--tuning-tokens", type=int, default=2_000_000, help="of the runs that choose the rates (%(default)s)")
     add("--rates", type=float, nargs="+", default=[1e-2, 2e-2, 4e-2], help="to try; adamw wants a tenth of them")
+    again = "contestants and rates to try on --tokens too, such as twice=1e-2"
+    add("--again", type=name_and_rate, nargs="*", default=[], metavar="NAME=RATE", help=again)
     add("--seeds", type=int, nargs="+", default=[0, 1])
     add("--optimizer", choices=("muon", "adamw"), default="muon", help="of all three (%(default)s)")
     add("--eval-tokens", type=int, default=131_072, help="of the text to evaluate on (%(default)s)")
@@ -220,7 +234,10 @@ def finish(output: Path, program: list[str]) -> dict[str, Any]:
 def write(options: argparse.Namespace, tuning: list[Row], groups: dict[str, list[Row]]) -> None:
     """Write the runs of the stages that are finished, where --output asks for it."""
     if options.output:
-        found = {name: {"share_of_gap": shares(rows), "runs": rows} for name, rows in groups.items()}
+        found = {
+            name: {"share_of_gap": {**shares(rows), "means": share_of_means(rows)}, "runs": rows}
+            for name, rows in groups.items()
+        }
         preset = PRESETS[options.preset]._asdict()
         preset |= {name: part._asdict() for name, part in preset.items() if isinstance(part, Shape)}
         write_json(options.output, {**described(options), "preset": preset, "tuning": tuning, **found})
@@ -247,9 +264,13 @@ def main() -> None:
     first, *others = options.seeds
     tuning = run([Job(name, rate, first, options.tuning_tokens) for name in names for rate in options.rates])
     write(options, tuning, {})
-    rates = best_rates(tuning)
-    same_tokens = run([Job(name, rates[name], seed, options.tokens) for name in names for seed in (first, *others)])
-    write(options, tuning, {"same tokens": same_tokens})
+    tuned = best_rates(tuning)
+    to_train = sorted(dict.fromkeys([*tuned.items(), *options.again]), key=lambda pair: names.index(pair[0]))
+    trained = run([Job(name, rate, seed, options.tokens) for name, rate in to_train for seed in (first, *others)])
+    rates = best_rates(trained)
+    same_tokens = [row for row in trained if row["learning_rate"] == rates[row["name"]]]
+    tried = {"other rates": [row for row in trained if row not in same_tokens]} if options.again else {}
+    write(options, tuning, {"same tokens": same_tokens, **tried})
     per_token = {name: costs(fields_of(name, preset, options.length), options.length)[1] for name in names}
     as_cheap = {name: round(options.tokens * per_token[EQUAL] / per_token[name]) for name in (LOOPED, TWICE)}
     drawn, once, *same_flops = run(
@@ -263,6 +284,7 @@ def main() -> None:
         "same tokens": [*same_tokens, once],
         "same FLOPs": same_flops + [row for row in same_tokens if (row["name"], row["seed"]) == (EQUAL, first)],
         "drawn depths": [drawn],
+        **tried,
     }
     write(options, tuning, groups)
     print(table(groups))

@@ -15,11 +15,14 @@ Row = dict[str, Any]
 
 
 def best_rates(rows: Iterable[Row]) -> dict[str, float]:
-    """The rate with the lowest loss of each contestant; the lower one of two that are even."""
-    best: dict[str, Row] = {}
-    for row in sorted(rows, key=lambda row: (row["loss"], row["learning_rate"])):
-        best.setdefault(row["name"], row)
-    return {name: row["learning_rate"] for name, row in best.items()}
+    """The rate with the lowest loss of each contestant, mean over seeds; the lower one of two that are even."""
+    losses: dict[tuple[str, float], list[float]] = {}
+    for row in rows:
+        losses.setdefault((row["name"], row["learning_rate"]), []).append(row["loss"])
+    best: dict[str, float] = {}
+    for name, rate in sorted(losses, key=lambda run: (statistics.fmean(losses[run]), run[1])):
+        best.setdefault(name, rate)
+    return best
 
 
 def share_of_gap(losses: dict[str, float]) -> float | None:
@@ -36,21 +39,46 @@ def shares(rows: Iterable[Row]) -> dict[int, float | None]:
     return {seed: share_of_gap(found) for seed, found in losses.items() if {EQUAL, LOOPED, TWICE} <= set(found)}
 
 
+def share_of_means(rows: Iterable[Row]) -> float | None:
+    """Share of the gap between mean losses, over the seeds that all three contestants have.
+
+    Where seeds differ by as much as the gap is wide, this says more than the mean of the shares: a seed whose gap
+    happens to be narrow has a large share.
+    """
+    rows = list(rows)
+    seeds = shares(rows)
+    if not seeds:
+        return None
+    means = {
+        name: statistics.fmean(row["loss"] for row in rows if row["name"] == name and row["seed"] in seeds)
+        for name in (EQUAL, LOOPED, TWICE)
+    }
+    return share_of_gap(means)
+
+
+def percent(share: float | None) -> str:
+    """A share of the gap for a table."""
+    return "-" if share is None else f"{share:.0%}"
+
+
 def table(groups: dict[str, list[Row]]) -> str:
-    """A Markdown table of what each group of runs has in common (`same tokens`, `same FLOPs`), means over seeds."""
+    """A Markdown table of what each group of runs has in common (`same tokens`, `same FLOPs`), means over seeds.
+
+    The share of the gap is that of the means, with that of each seed behind it.
+    """
     lines = []
     for title, rows in groups.items():
-        names = [name for name in NAMES if any(row["name"] == name for row in rows)]
-        of_seeds = [share for share in shares(rows).values() if share is not None]
-        for name in names:
-            own = [row for row in rows if row["name"] == name]
+        runs = sorted({(NAMES.index(row["name"]), row["learning_rate"]) for row in rows})
+        of_means, of_seeds = share_of_means(rows), shares(rows)
+        for name, rate in ((NAMES[index], rate) for index, rate in runs):
+            own = [row for row in rows if (row["name"], row["learning_rate"]) == (name, rate)]
             losses = [row["loss"] for row in own]
             first = own[0]
             share = ""
             if name == LOOPED and of_seeds:
-                share = f"{statistics.fmean(of_seeds):.0%}"
+                share = percent(of_means)
                 if len(of_seeds) > 1:
-                    share += f" [{min(of_seeds):.0%}, {max(of_seeds):.0%}]"
+                    share += f" ({', '.join(percent(of_seed) for of_seed in of_seeds.values())})"
             lines.append(
                 (
                     title,
@@ -58,7 +86,7 @@ def table(groups: dict[str, list[Row]]) -> str:
                     f"{first['parameters'] / 1e6:.2f}",
                     f"{first['tokens'] / 1e6:.2f}",
                     f"{first['flops'] / 1e12:.1f}",
-                    f"{first['learning_rate']:g}",
+                    f"{rate:g}",
                     len(own),
                     f"{statistics.fmean(losses):.4f} [{min(losses):.4f}, {max(losses):.4f}]",
                     share,

@@ -124,7 +124,7 @@ def test_the_share_of_the_gap_is_taken_seed_by_seed_and_from_the_best_rates():
     rows += [row("looped", 3.9, seed=1), row("twice", 3.95, seed=1)]
     assert language_table.shares(rows)[1] is None  # where twice the parameters bring nothing there is no share
     text = language_table.table({"same tokens": rows})
-    assert "| same tokens | looped | 1.00 | 1.00 | 1.0 | 0.001 | 2 | 3.8000 [3.7000, 3.9000] | 60% |" in text
+    assert "| same tokens | looped | 1.00 | 1.00 | 1.0 | 0.001 | 2 | 3.8000 [3.7000, 3.9000] | 67% (60%, -) |" in text
     tuned = [
         row("looped", 3.7, rate=1e-3),
         row("looped", 3.6, rate=2e-3),
@@ -132,6 +132,29 @@ def test_the_share_of_the_gap_is_taken_seed_by_seed_and_from_the_best_rates():
         row("equal", 4.1, rate=2),
     ]
     assert language_table.best_rates(tuned) == {"looped": 2e-3, "equal": 1e-3}
+    tuned += [row("looped", 4.5, seed=1, rate=2e-3), row("looped", 3.8, seed=1, rate=1e-3)]
+    assert language_table.best_rates(tuned)["looped"] == 1e-3  # of the mean over seeds
+    text = language_table.table({"other rates": tuned})
+    assert [line.split("|")[6:8] for line in text.splitlines() if "looped" in line] == [
+        [" 0.001 ", " 2 "],
+        [" 0.002 ", " 2 "],
+    ]
+
+
+def test_the_share_of_mean_losses_is_over_the_seeds_that_all_three_have():
+    rows = [row("equal", 4.0), row("looped", 3.7), row("twice", 3.5), row("equal", 9.0, seed=1)]
+    assert language_table.share_of_means(rows) == pytest.approx(0.6)
+    rows += [row("looped", 8.9, seed=1), row("twice", 8.9, seed=1)]
+    assert language_table.share_of_means(rows) == pytest.approx(0.4 / 0.6)
+    assert language_table.share_of_means(rows[:2]) is None
+
+
+def test_another_rate_names_its_contestant():
+    assert language.name_and_rate("twice=1e-2") == ("twice", 0.01)
+    with pytest.raises(argparse.ArgumentTypeError, match="'once=1e-2' must begin with one of looped, twice and equal"):
+        language.name_and_rate("once=1e-2")
+    with pytest.raises(argparse.ArgumentTypeError, match="'twice' must end in a learning rate"):
+        language.name_and_rate("twice")
 
 
 @pytest.mark.parametrize("name_of_preset", language.PRESETS)
