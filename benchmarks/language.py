@@ -71,9 +71,27 @@ class Preset(NamedTuple):
 #: 0.43 M, 1.5 M and 2.6 M parameters. The `twice` of `tiny` has twice the layers and no wider MLP, 1.77 times the
 #: parameters: the recorded runs are of that.
 PRESETS = {
-    "tiny": Preset(1024, Shape(3, 96, 256, 3), Shape(6, 96, 256, 3), Shape(1, 144, 408, 3), loops=8),
-    "narrow": Preset(2048, Shape(6, 128, 352, 4), Shape(12, 128, 408, 4), Shape(1, 264, 720, 6), loops=6),
-    "wide": Preset(4096, Shape(4, 192, 512, 6), Shape(8, 192, 680, 6), Shape(1, 320, 760, 10), loops=4),
+    "tiny": Preset(
+        vocabulary=1024,
+        stacked=Shape(layers=3, width=96, intermediate=256, heads=3),
+        twice=Shape(layers=6, width=96, intermediate=256, heads=3),
+        looped=Shape(layers=1, width=144, intermediate=408, heads=3),
+        loops=8,
+    ),
+    "narrow": Preset(
+        vocabulary=2048,
+        stacked=Shape(layers=6, width=128, intermediate=352, heads=4),
+        twice=Shape(layers=12, width=128, intermediate=408, heads=4),
+        looped=Shape(layers=1, width=264, intermediate=720, heads=6),
+        loops=6,
+    ),
+    "wide": Preset(
+        vocabulary=4096,
+        stacked=Shape(layers=4, width=192, intermediate=512, heads=6),
+        twice=Shape(layers=8, width=192, intermediate=680, heads=6),
+        looped=Shape(layers=1, width=320, intermediate=760, heads=10),
+        loops=4,
+    ),
 }
 
 

@@ -22,6 +22,9 @@ from modeling_looped.training.run import load_student
 
 ROOT = Path(__file__).parent.parent
 
+#: What a distillation run reads its options into.
+CONFIGS = (RunConfig, DistillationConfig)
+
 pytest_plugins = ("distillation_place",)
 
 
@@ -153,15 +156,17 @@ def test_the_attention_of_the_student_can_be_chosen(name, finished):
 
 
 def test_the_command_line_wins_over_the_recipe_and_the_recipe_over_defaults(place):
-    run, args = parse_recipe(arguments(place, place / "x", "--learning_rate", "1e-4", "--student_config", '{"a": 1}'))
+    run, args = parse_recipe(
+        arguments(place, place / "x", "--learning_rate", "1e-4", "--student_config", '{"a": 1}'), CONFIGS
+    )
     assert args.learning_rate == 1e-4
     assert args.save_steps == 4
     assert args.num_train_epochs == 1.0
     assert run.student_config == {"a": 1}
-    assert parse_recipe(arguments(place, place / "x"))[1].learning_rate == 5e-3
+    assert parse_recipe(arguments(place, place / "x"), CONFIGS)[1].learning_rate == 5e-3
     (place / "typo.yaml").write_text("max_lenght: 3\n")
     with pytest.raises(ValueError, match=r"typo\.yaml: no option is called 'max_lenght' \(did you mean 'max_length'"):
-        parse_recipe(["--recipe", str(place / "typo.yaml")])
+        parse_recipe(["--recipe", str(place / "typo.yaml")], CONFIGS)
 
 
 def test_a_record_names_what_differs_from_the_defaults_and_nothing_else(tmp_path):
@@ -190,7 +195,7 @@ def test_every_recipe_reads(recipe, tmp_path):
     import distill as program
     import retrofit
 
-    run, _ = parse_recipe(["--recipe", str(recipe), "--output_dir", str(tmp_path), "--use_cpu", "true"])
+    run, _ = parse_recipe(["--recipe", str(recipe), "--output_dir", str(tmp_path), "--use_cpu", "true"], CONFIGS)
     options = program.command_line({"teacher": "x", "output": "y", **run.student["options"]})
     {"compress": compress.parse, "retrofit": retrofit.parse}[run.student["program"]](options)
 

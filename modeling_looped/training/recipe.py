@@ -15,8 +15,6 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from .config import DistillationConfig
-
 
 @dataclass
 class DataConfig:
@@ -133,14 +131,14 @@ def from_json(name: str, text: str) -> Any:
         raise ValueError(f"{name}={text!r} is not JSON: {error}.") from error
 
 
-def parse_recipe(arguments: Sequence[str], configs: Any = (RunConfig, DistillationConfig), prog: str = "") -> Any:
+def parse_recipe(arguments: Sequence[str], configs: Any, prog: str = "") -> Any:
     """A recipe from a command line: `--recipe FILE` and any field of the dataclasses `configs`.
 
     A later value wins: those of the command line over those of the file.
 
     Args:
         arguments: the command line.
-        configs: dataclasses, of which one is a `TrainingArguments`; the default is a distillation run's.
+        configs: dataclasses, of which one is a `TrainingArguments`, such as `(RunConfig, DistillationConfig)`.
         prog: what `--help` calls the program.
 
     Returns:
