@@ -6,7 +6,8 @@
 - `looped`: few wide layers, run several times;
 - `equal`: a stock Llama of as many parameters, in more and narrower layers;
 - `twice`: one with twice as many layers, whose MLP is so much wider that all its parameters are twice as many;
-- `once`: a stock Llama of the looped model's stored layers: whether it is the width that helps.
+- `once`: a stock Llama of the looped model's stored layers (with --preset wide_core, which no Llama has, the looped
+  model at one loop): whether it is the width that helps.
 
 All have the same tokenizer, batches, optimiser and schedule, and with the same seed the same tokens in the same order.
 The rate of each is the best of --rates, with the first seed on --tuning-tokens (`once` takes that of `equal`). Every
@@ -45,6 +46,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from modeling_looped.config_checks import CORE_SIZES
 from modeling_looped.training.data import Source
 from modeling_looped.training.tokenizer import trained_tokenizer
 
@@ -59,17 +61,22 @@ class Shape(NamedTuple):
 
 
 class Preset(NamedTuple):
-    """Sizes: a stacked shape, one of twice its parameters, and one of as many whose layers run `loops` times."""
+    """Sizes: a stacked shape, one of twice its parameters, and one of as many whose layers run `loops` times.
+
+    A wide looped model pays for its width in the embeddings too, which no loop uses again: where `embeddings` is set,
+    they are only that wide, and the core alone is as wide as `looped` says.
+    """
 
     vocabulary: int
     stacked: Shape
     twice: Shape
     looped: Shape
     loops: int
+    embeddings: int | None = None
 
 
-#: 0.43 M, 1.5 M and 2.6 M parameters. The `twice` of `tiny` has twice the layers and no wider MLP, 1.77 times the
-#: parameters: the recorded runs are of that.
+#: 0.43 M, 1.5 M (`narrow`, and `wide_core` beside the same stacks) and 2.6 M parameters. The `twice` of `tiny` has
+#: twice the layers and no wider MLP, 1.77 times the parameters: the recorded runs are of that.
 PRESETS = {
     "tiny": Preset(
         vocabulary=1024,
@@ -84,6 +91,14 @@ PRESETS = {
         twice=Shape(layers=12, width=128, intermediate=408, heads=4),
         looped=Shape(layers=1, width=264, intermediate=720, heads=6),
         loops=6,
+    ),
+    "wide_core": Preset(
+        vocabulary=2048,
+        stacked=Shape(layers=6, width=128, intermediate=352, heads=4),
+        twice=Shape(layers=12, width=128, intermediate=408, heads=4),
+        looped=Shape(layers=1, width=320, intermediate=736, heads=8),
+        loops=6,
+        embeddings=128,
     ),
     "wide": Preset(
         vocabulary=4096,
@@ -158,10 +173,15 @@ def fields_of(name: str, preset: Preset, length: int) -> dict[str, Any]:
         # as GPT-2's 0.02 at its width of 768: less than half of 1 / sqrt(width)
         "initializer_range": round(0.02 * math.sqrt(768 / shape.width), 3),
     }
-    if name not in (LOOPED, DRAWN):
+    if name in (EQUAL, TWICE) or (name == ONCE and preset.embeddings is None):
         return {**fields, "model_type": "llama", "num_hidden_layers": shape.layers}
-    fields |= {"model_type": "looped", "num_loops": preset.loops, "loop_conditioning": {"type": "norms"}}
+    loops = 1 if name == ONCE else preset.loops
+    fields |= {"model_type": "looped", "num_loops": loops, "loop_conditioning": {"type": "norms"}}
     fields |= {"num_prelude_layers": 0, "num_core_layers": shape.layers, "num_coda_layers": 0}
+    if preset.embeddings is not None:
+        fields |= {key: fields[key.removeprefix("core_")] for key in CORE_SIZES}
+        fields |= {"hidden_size": preset.embeddings, "head_dim": shape.width // shape.heads}
+        fields["readout"] = "linear"
     if name == DRAWN:
         fields["depth_sampling"] = {"type": "poisson", "granularity": "batch", "mean": float(preset.loops)}
     return fields
