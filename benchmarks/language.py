@@ -29,6 +29,7 @@ where it was stopped, and reads what is finished.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import json
 import math
@@ -75,6 +76,14 @@ class Preset(NamedTuple):
     embeddings: int | None = None
 
 
+NARROW = Preset(
+    vocabulary=2048,
+    stacked=Shape(layers=6, width=128, intermediate=352, heads=4),
+    twice=Shape(layers=12, width=128, intermediate=408, heads=4),
+    looped=Shape(layers=1, width=264, intermediate=720, heads=6),
+    loops=6,
+)
+
 #: 0.43 M, 1.5 M (`narrow`, and `wide_core` beside the same stacks) and 2.6 M parameters. The `twice` of `tiny` has
 #: twice the layers and no wider MLP, 1.77 times the parameters: the recorded runs are of that.
 PRESETS = {
@@ -85,20 +94,9 @@ PRESETS = {
         looped=Shape(layers=1, width=144, intermediate=408, heads=3),
         loops=8,
     ),
-    "narrow": Preset(
-        vocabulary=2048,
-        stacked=Shape(layers=6, width=128, intermediate=352, heads=4),
-        twice=Shape(layers=12, width=128, intermediate=408, heads=4),
-        looped=Shape(layers=1, width=264, intermediate=720, heads=6),
-        loops=6,
-    ),
-    "wide_core": Preset(
-        vocabulary=2048,
-        stacked=Shape(layers=6, width=128, intermediate=352, heads=4),
-        twice=Shape(layers=12, width=128, intermediate=408, heads=4),
-        looped=Shape(layers=1, width=320, intermediate=736, heads=8),
-        loops=6,
-        embeddings=128,
+    "narrow": NARROW,
+    "wide_core": NARROW._replace(
+        looped=Shape(layers=1, width=320, intermediate=736, heads=8), embeddings=NARROW.stacked.width
     ),
     "wide": Preset(
         vocabulary=4096,
@@ -124,10 +122,10 @@ def name_and_rate(text: str) -> tuple[str, float]:
     name, _, rate = text.partition("=")
     if name not in (LOOPED, TWICE, EQUAL):
         raise argparse.ArgumentTypeError(f"{text!r} must begin with one of {LOOPED}, {TWICE} and {EQUAL}")
-    try:
-        return name, float(rate)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} must end in a learning rate, as in {name}=1e-2") from None
+    with contextlib.suppress(ValueError):
+        if 0 < float(rate) < math.inf:
+            return name, float(rate)
+    raise argparse.ArgumentTypeError(f"{text!r} must end in a learning rate above 0, as in {name}=1e-2")
 
 
 def parse() -> argparse.Namespace:
@@ -180,8 +178,7 @@ def fields_of(name: str, preset: Preset, length: int) -> dict[str, Any]:
     fields |= {"num_prelude_layers": 0, "num_core_layers": shape.layers, "num_coda_layers": 0}
     if preset.embeddings is not None:
         fields |= {key: fields[key.removeprefix("core_")] for key in CORE_SIZES}
-        fields |= {"hidden_size": preset.embeddings, "head_dim": shape.width // shape.heads}
-        fields["readout"] = "linear"
+        fields |= {"hidden_size": preset.embeddings, "head_dim": shape.width // shape.heads, "readout": "linear"}
     if name == DRAWN:
         fields["depth_sampling"] = {"type": "poisson", "granularity": "batch", "mean": float(preset.loops)}
     return fields
@@ -307,7 +304,8 @@ def main() -> None:
     trained = run([Job(name, rate, seed, options.tokens) for name, rate in to_train for seed in (first, *others)])
     rates = best_rates(trained)
     same_tokens = [row for row in trained if row["learning_rate"] == rates[row["name"]]]
-    tried = {"other rates": [row for row in trained if row not in same_tokens]} if options.again else {}
+    behind = [row for row in trained if row not in same_tokens]
+    tried = {"other rates": behind} if behind else {}
     write(options, tuning, {"same tokens": same_tokens, **tried})
     per_token = {name: costs(fields_of(name, preset, options.length), options.length)[1] for name in names}
     as_cheap = {name: round(options.tokens * per_token[EQUAL] / per_token[name]) for name in (LOOPED, TWICE)}

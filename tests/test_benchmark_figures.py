@@ -153,8 +153,9 @@ def test_another_rate_names_its_contestant():
     assert language.name_and_rate("twice=1e-2") == ("twice", 0.01)
     with pytest.raises(argparse.ArgumentTypeError, match="'once=1e-2' must begin with one of looped, twice and equal"):
         language.name_and_rate("once=1e-2")
-    with pytest.raises(argparse.ArgumentTypeError, match="'twice' must end in a learning rate"):
-        language.name_and_rate("twice")
+    for text in ("twice", "twice=fast", "twice=0", "twice=-1e-2", "twice=nan", "twice=inf"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' must end in a learning rate above 0"):
+            language.name_and_rate(text)
 
 
 @pytest.mark.parametrize("name_of_preset", language.PRESETS)
