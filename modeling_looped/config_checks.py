@@ -304,9 +304,12 @@ def check_strategies(config: LoopedConfig) -> None:
 def check_residual_streams(config: LoopedConfig) -> None:
     """What reads one state from the loop has no place where the loop carries several streams."""
     streams = config.residual_streams
-    if streams["type"] == "none":
+    kind = streams["type"]
+    if kind == "none":
         return
     if config.num_core_layers == 0:
+        if kind == "hyperloop":
+            raise ValueError("residual_streams='hyperloop' acts on the core, and num_core_layers=0: use 'none'.")
         for name, harmless in (("core_num_streams", None), ("own_loops", 1)):
             if streams[name] != harmless:
                 raise ValueError(
@@ -314,17 +317,23 @@ def check_residual_streams(config: LoopedConfig) -> None:
                     f"{harmless}."
                 )
         return
-    if streams["span"] != "model":
+    if kind == "hyperloop":
+        # the streams are the update, of a core that loops as a whole
+        own = {"loop_update": ("replace",), "schedule": ("flat",), "core_group_size": (None,)}
+        where, instead = "", ""
+    elif streams["span"] == "model":
+        own, where, instead = {}, ", span='model'", "span='part', or "
+    else:
         return
-    for name, value, allowed in (
-        ("halting", config.halting["type"], ("none",)),
-        ("final_norm", config.final_norm, ("end", "after_loops", "none")),
-    ):
-        if value not in allowed:
+    allowed = {"halting": ("none",), "final_norm": ("end", "after_loops", "none"), **own}
+    for name, choices in allowed.items():
+        spec = getattr(config, name)
+        value = spec["type"] if isinstance(spec, dict) else spec
+        if value not in choices:
             raise ValueError(
-                f"{name}={value!r} with residual_streams={streams['type']!r}, span='model': it reads one state from "
-                f"each loop, which has {streams['num_streams']} streams; use span='part', or {name}="
-                f"{' or '.join(map(repr, allowed))}."
+                f"{name}={value!r} with residual_streams={kind!r}{where}: it works on one state, and between the "
+                f"loops there are {streams['num_streams']} streams; use {instead}{name}="
+                f"{' or '.join(map(repr, choices))}."
             )
 
 

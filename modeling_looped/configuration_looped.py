@@ -253,8 +253,8 @@ class LoopedConfig(PreTrainedConfig):
         ngram_embedding (`dict` or `str`, defaults to `"none"`): embeddings of the last few tokens that are added to
             those of the token: `none` or `hashed` [ngram_embedding.py].
         residual_streams (`dict` or `str`, defaults to `"none"`): how many residual streams run along the layers, and
-            how attention and MLP read and write them: `none` (one, to which they add), `hyper_connections` or `mhc`
-            [residual_streams.py].
+            how attention and MLP read and write them: `none` (one, to which they add), `hyper_connections` or `mhc`;
+            or between the loops only, read and written by each loop as a whole: `hyperloop` [residual_streams.py].
         depth_attention (`dict` or `str`, defaults to `"none"`): values of earlier layers that a layer's values are
             mixed with: `none` or `anchors` [depth_attention.py].
         schedule (`dict` or `str`, defaults to `"flat"`): order of the core's layers and the states they work on:

@@ -89,7 +89,7 @@ class LoopedRecurrenceMixin:
         """What follows the loops: from the state that they leave, and the anchors so far, to what the head reads."""
         _, core, coda = layout.stored_ranges()
         if core:
-            state = self.readout(state)
+            state = self.readout(self.residual_streams.after_loops(state))
             if self.config.final_norm == "after_loops":
                 state = self.norm(state)
         hidden_states = self.residual_streams.merge(run(state, coda, anchors=anchors).hidden_states)
@@ -141,10 +141,10 @@ class LoopedRecurrenceMixin:
         if self.prelude_norm is not None:
             prelude = self.prelude_norm(prelude)
         injected = self.injection(prelude)
-        state = self.residual_streams.carry(self.state_init(prelude, positions))
+        state = self.residual_streams.start(self.state_init(prelude, positions))
         if initial_state is not None:
             if initial_state.ndim == 3:
-                initial_state = self.residual_streams.carry(initial_state)
+                initial_state = self.residual_streams.start(initial_state)
             if initial_state.shape != state.shape:
                 raise ValueError(
                     f"initial_state has the shape {tuple(initial_state.shape)} and must have {tuple(state.shape)}: "
@@ -216,6 +216,7 @@ class LoopedRecurrenceMixin:
         """One turn: from what enters it and the state that it will replace, both [B, S, D], the keys and values that
         loops share, and the anchors so far.
         """
+        entering, mapping = self.residual_streams(entering, turn.loop)
         core_input = self.loop_conditioning(self.injection.inject(injected, entering, turn.loop), turn.loop, positions)
         # shared keys and values are every token's, so that nothing is to be hidden
         active = {} if route is None or self.config.kv_sharing != "none" else {"active": route.active}
@@ -224,6 +225,7 @@ class LoopedRecurrenceMixin:
         previous, core_input = previous.to(output.device), core_input.to(output.device)
         num_loops = depth.loops if depth.each is None else depth.own(output)
         state = self.loop_update(previous, output, turn.loop, num_loops, layout.group_of(turn.layers[0]))
+        state = self.residual_streams.join_loop(previous, state, mapping)
         if self.config.final_norm == "every_loop":
             state = self.norm(state).to(output.device)
         if route is None:

@@ -8,6 +8,8 @@ write that depend on the token:
 
 Everything else that acts on the residual stream (norms between the parts, injection, loop update, readout) acts on
 each stream. The streams start as copies of one, and end as their mean.
+
+Or f is the whole core (`hyperloop`): then there are streams between the loops only, and one wherever layers run.
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .registry import BuildContext, Registry, SelfInitialised, Strategy, table_row
+from .registry import BuildContext, Registry, SelfInitialised, Strategy, check_table_loops, table_row
 
 RESIDUAL_STREAMS: Registry[ResidualStreams] = Registry("residual_streams")
 
 #: The parts of a layer that read from the streams and write to them.
 BRANCHES = ("attention", "mlp")
+
+#: Keeps norms of zeros finite (as in Nanbeige's code of both kinds of hyper-connections).
+EPSILON = 1e-6
 
 
 class Mapping(NamedTuple):
@@ -40,6 +45,20 @@ class Mapping(NamedTuple):
 
     write: Tensor
     mix: Tensor | None
+
+
+class LoopMapping(NamedTuple):
+    """How one loop's output joins the streams between the loops.
+
+    Attributes:
+        keep: what each stream keeps of itself, in (0, 1), [B, S, n].
+        write: what it gets of the core's output, [B, S, n].
+        shift: added to that output, [D].
+    """
+
+    keep: Tensor
+    write: Tensor
+    shift: Tensor
 
 
 class ResidualStreams(Strategy):
@@ -59,6 +78,24 @@ class ResidualStreams(Strategy):
     def carry(self, hidden_states: Tensor) -> Tensor:
         """What the loop works on: streams of the core where they are carried, else [B, S, D] as it is."""
         return self.spread(hidden_states, in_core=True) if self.carried else hidden_states
+
+    def start(self, state: Tensor) -> Tensor:
+        """The loop's first state, [B, S, D] or streams -> what the loop works on."""
+        return self.carry(state)
+
+    def forward(self, state: Tensor, loop_idx: int) -> tuple[Tensor, Any]:
+        """What loop `loop_idx` reads of the state, and what `join_loop` is to know of it."""
+        return state, None
+
+    def join_loop(self, state: Tensor, output: Tensor, mapping: Any) -> Tensor:
+        """The state after a loop: from the one before it, the loop's output (one stream, or all where they are
+        carried), and what `forward` said.
+        """
+        return output
+
+    def after_loops(self, state: Tensor) -> Tensor:
+        """What readout and coda get of the loop's state."""
+        return state
 
     def leave(self, hidden_states: Tensor) -> Tensor:
         """What layers leave behind: the streams where they are carried, else their mean [B, S, D]."""
@@ -208,6 +245,81 @@ class ManifoldHyperConnections(SeveralStreams):
         return ManifoldConnection
 
 
+@RESIDUAL_STREAMS.register("hyperloop")
+@final
+class HyperloopStreams(ResidualStreams):
+    r"""Streams between the loops: each loop reads one state from all of them, and all take up its output (Hyperloop
+    Transformers, arXiv 2604.21254).
+
+    With X the streams, v all of them side by side [B, S, n D], t the loop and h = a_t (W_t v / rms(v)) + b_t, where
+    read, write and keep each have a factor a_t, n rows of W_t and n biases,
+
+        X_i <- \sigma(h_keep)_i X_i + 2 \sigma(h_write)_i (F(\sum_j \sigma(h_read)_j X_j) + c_t),
+
+    where F is a loop of the core, injection included, and c_t a vector. Coda or final norm get the mean. W and c start
+    at zero, and b such that a loop reads the mean and stream i keeps (i + 1/2) / n of itself and takes the rest from
+    the output: a moving average over loops, each stream with a memory of its own, which is bounded if F is. A loop's
+    output includes what it read, so that the streams would grow with the loops if all kept everything.
+    """
+
+    @dataclasses.dataclass(frozen=True)
+    class Params:
+        """Attributes:
+        num_streams: n, at least 2.
+        table_loops: loops with connections of their own (`None`: the config's `num_loops`).
+        initial_gate: a at initialisation, the factor of what depends on the token.
+        """
+
+        num_streams: int = 4
+        table_loops: int | None = None
+        initial_gate: float = 0.01
+
+        def __post_init__(self):
+            if self.num_streams < 2:
+                raise ValueError(f"num_streams={self.num_streams!r} must be at least 2 (one stream is type 'none').")
+            check_table_loops(self.table_loops)
+            if not math.isfinite(self.initial_gate):
+                raise ValueError(f"initial_gate={self.initial_gate!r} must be a finite number.")
+
+    def __init__(self, params, context):
+        super().__init__(params, context)
+        n, rows, width = params.num_streams, params.table_loops, context.hidden_size
+        self.weight = nn.Parameter(torch.empty(rows, 3 * n, n * width))
+        self.bias = nn.Parameter(torch.empty(rows, 3 * n))
+        self.gate = nn.Parameter(torch.empty(rows, 3))
+        self.shift = nn.Parameter(torch.empty(rows, width))
+
+    def init_weights(self) -> None:
+        n = self.params.num_streams
+        keep = (torch.arange(n) + 0.5) / n
+        start = torch.logit(torch.cat((torch.full((n,), 1.0 / n), (1.0 - keep) / 2.0, keep)))
+        init.zeros_(self.weight)
+        init.zeros_(self.shift)
+        init.copy_(self.bias, start.expand_as(self.bias))
+        init.constant_(self.gate, self.params.initial_gate)
+
+    def start(self, state: Tensor) -> Tensor:
+        return state.unsqueeze(2).expand(-1, -1, self.params.num_streams, -1) if state.ndim == 3 else state
+
+    def forward(self, state: Tensor, loop_idx: int) -> tuple[Tensor, LoopMapping]:
+        n, row = self.params.num_streams, table_row(loop_idx, self.params.table_loops)
+        side_by_side = state.flatten(2)
+        exact = torch.promote_types(state.dtype, torch.float32)  # as in `HyperConnection.forward`
+        inverse_rms = torch.rsqrt(side_by_side.to(exact).square().mean(dim=-1, keepdim=True) + EPSILON)
+        projected = F.linear(side_by_side, self.weight[row]).to(exact) * inverse_rms
+        gate = self.gate[row].to(exact).repeat_interleave(n)
+        read, write, keep = torch.sigmoid(gate * projected + self.bias[row].to(exact)).to(state.dtype).split(n, dim=-1)
+        entering = (read.unsqueeze(-1) * state).sum(dim=2)
+        return entering, LoopMapping(keep, 2.0 * write, self.shift[row].to(state.dtype))
+
+    def join_loop(self, state: Tensor, output: Tensor, mapping: LoopMapping) -> Tensor:
+        keep, write, shift = (part.to(output.device) for part in mapping)
+        return keep.unsqueeze(-1) * state + write.unsqueeze(-1) * (output + shift).unsqueeze(2)
+
+    def after_loops(self, state: Tensor) -> Tensor:
+        return state.mean(dim=2)
+
+
 class HyperConnection(SelfInitialised, ABC):
     """Abstract connection of one branch of one layer.
 
@@ -272,10 +384,6 @@ class HyperConnection(SelfInitialised, ABC):
 
     def extra_repr(self) -> str:
         return f"streams={self.streams}, rows={self.rows}"
-
-
-#: Keeps norms of zeros finite (both kinds of connection, in Nanbeige's code).
-EPSILON = 1e-6
 
 
 @final
@@ -345,4 +453,4 @@ def join(residual: Tensor, branch: Tensor, mapping: Mapping | None) -> Tensor:
     return mixed + mapping.write.unsqueeze(-1) * branch.unsqueeze(2)
 
 
-__all__ = ["BRANCHES", "RESIDUAL_STREAMS", "Mapping", "ResidualStreams", "join"]
+__all__ = ["BRANCHES", "RESIDUAL_STREAMS", "LoopMapping", "Mapping", "ResidualStreams", "join"]

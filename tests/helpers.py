@@ -96,6 +96,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "halting": {"type": "act", "form": "universal", "threshold": 0.9, "initial_bias": -0.5},
     },
     "mhc": {"residual_streams": {"type": "mhc", "core_num_streams": 2, "own_loops": 2}},
+    "hyperloop": {
+        "residual_streams": {"type": "hyperloop", "num_streams": 2, "table_loops": 2},
+        "injection": "none",
+        "state_init": "input",
+    },
     "depth_attention": {"depth_attention": "anchors", "qk_norm": "per_head", "injection": "add"},
     "ngrams": {"ngram_embedding": {"type": "hashed", "table_sizes": [53, 59, 61, 67], "boundary_token_id": 40}},
     "gated_attention": {"attention_gate": "per_channel", "norm_type": "rms_unweighted", "injection": "add"},

@@ -41,6 +41,7 @@ PARAMETERS: dict[str, list[dict[str, Any]]] = {
         {"max_n": 2, "table_sizes": [7, 9, 10], "row_multiple": 4, "fusion": "concat"},
     ],
     "hyper_connections": [{}, {"span": "part"}],
+    "hyperloop": [{}, {"table_loops": 1}],
     "mhc": [{}, {"span": "part"}, {"mixing": "identity"}, {"sinkhorn_iterations": 2}],
     "act": [{"threshold": 0.7}, {"form": "universal", "threshold": 0.7}],
 }
@@ -125,7 +126,13 @@ def chosen_strategies(draw: st.DrawFn, fields: dict[str, Any]) -> dict[str, Any]
             "shared_scale": draw(st.sampled_from(["none", "per_channel"])),
             "loops": draw(st.sampled_from([None, [0]])),
         }
-    if specs["residual_streams"]["type"] != "none":
+    if specs["residual_streams"]["type"] == "hyperloop":  # a state of streams, and they are the update
+        specs["residual_streams"]["num_streams"] = draw(st.integers(2, 4))
+        specs |= {"loop_update": {"type": "replace"}, "halting": {"type": "none"}}
+        fields["core_group_size"] = None
+        if fields["final_norm"] == "every_loop":
+            fields["final_norm"] = "after_loops"
+    elif specs["residual_streams"]["type"] != "none":
         specs["residual_streams"] |= {
             "num_streams": draw(st.integers(2, 4)),
             "core_num_streams": draw(st.none() | st.integers(2, 4)),

@@ -12,7 +12,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from reference_streams import carried, connect, merge, spread
+from reference_streams import carried, connect, connect_loop, copies, merge, spread
 from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -133,16 +133,17 @@ def reference_trace(
         x = spread(config, x, in_core=True) if carried(config) else x
         e = norm(w, config, "prelude_norm", x) if config.prelude_norm else x
         s = initial_state(config, e, positions)
-        s = spread(config, s, in_core=True) if carried(config) else s
+        s = copies(config, spread(config, s, in_core=True) if carried(config) else s)
         states.append(s)
         inputs: list[Tensor] = []
         first_anchor = len(run.anchors)
         G = config.core_group_size or R
         for first in range(P, P + R, G):
             for t in range(T):
-                inputs.append(condition(w, config, t, positions, inject(w, config, t, s, e)))
+                entering, join_loop = connect_loop(w, config, t, s)
+                inputs.append(condition(w, config, t, positions, inject(w, config, t, entering, e)))
                 y = layers(inputs[-1], range(first, first + G), t)
-                after = update(w, config, t, per_token(own, s), s, y, (first - P) // G)
+                after = join_loop(update(w, config, t, per_token(own, s), s, y, (first - P) // G))
                 if config.final_norm == "every_loop":
                     after = final_norm(after)
                 s = torch.where(t < per_token(own, s), after, s)
@@ -153,6 +154,7 @@ def reference_trace(
                         run.held[layer] = (shared[0].detach(), shared[1].detach())
                 states.append(s)
         x, exit_loops, exit_probabilities = halt(w, config, states, inputs, training)
+        x = merge(x) if config.residual_streams["type"] == "hyperloop" else x
         if config.readout["type"] == "linear":
             x = x @ w["readout.weight"].T + w.get("readout.bias", 0.0)
         if config.final_norm == "after_loops":

@@ -16,7 +16,7 @@ from modeling_looped import LoopedConfig
 def spread(config: LoopedConfig, x: Tensor, *, in_core: bool) -> Tensor:
     """x [S, D], or streams [S, m, D], as the n streams of a part [S, n, D]; x itself where there is one stream."""
     spec = config.residual_streams
-    if spec["type"] == "none":
+    if spec["type"] in ("none", "hyperloop"):
         return x
     n = (in_core and spec["core_num_streams"]) or spec["num_streams"]
     held = [x] if x.ndim == 2 else list(x.unbind(1))
@@ -45,7 +45,7 @@ def connect(
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """What the branch of a layer reads from x in loop t, [S, D], and how its output joins x."""
     spec = config.residual_streams
-    if spec["type"] == "none":
+    if spec["type"] in ("none", "hyperloop"):
         return x, lambda output: x + output
     prefix = f"layers.{layer}.residual_streams.{branch}."
     W, b, a = (w[prefix + name][min(t, len(w[prefix + name]) - 1)] for name in ("weight", "bias", "gate"))
@@ -58,6 +58,40 @@ def connect(
         for s, token in enumerate(x):
             streams = [sum(mix[s][i, j] * token[j] for j in range(n)) + write[s][i] * output[s] for i in range(n)]
             joined.append(torch.stack(streams))
+        return torch.stack(joined)
+
+    return entering, join
+
+
+def copies(config: LoopedConfig, s: Tensor) -> Tensor:
+    """The state s [S, D] that the loops start from as the streams between them, [S, n, D], where there are any."""
+    spec = config.residual_streams
+    return torch.stack([s] * spec["num_streams"], dim=1) if spec["type"] == "hyperloop" else s
+
+
+def connect_loop(
+    w: dict[str, Tensor], config: LoopedConfig, t: int, s: Tensor
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """What loop t reads from the state s, and how its output becomes the next one."""
+    if config.residual_streams["type"] != "hyperloop":
+        return s, lambda output: output
+    names = ("weight", "bias", "gate", "shift")
+    W, b, a, c = (w[f"residual_streams.{name}"] for name in names)
+    W, b, a, c = (table[min(t, len(table) - 1)] for table in (W, b, a, c))
+    n = s.shape[1]
+
+    def strengths(X: Tensor, part: int) -> Tensor:
+        v, rows = X.flatten(), slice(part * n, (part + 1) * n)
+        z = W[rows] @ v / torch.sqrt((v * v).sum() / len(v) + 1e-6)
+        return 1 / (1 + torch.exp(-(a[part] * z + b[rows])))
+
+    entering = torch.stack([sum(r * x for r, x in zip(strengths(X, 0), X, strict=True)) for X in s])
+
+    def join(output: Tensor) -> Tensor:
+        joined = []
+        for X, y in zip(s, output, strict=True):
+            write, keep = 2 * strengths(X, 1), strengths(X, 2)
+            joined.append(torch.stack([keep[i] * X[i] + write[i] * (y + c) for i in range(n)]))
         return torch.stack(joined)
 
     return entering, join

@@ -149,6 +149,34 @@ REFUSED = {
         {"residual_streams": {"type": "mhc", "own_loops": 2}, "num_core_layers": 0},
         ["residual_streams: own_loops=2 acts on the core", "use 1"],
     ),
+    "hyperloop_of_a_stack": (
+        {"residual_streams": "hyperloop", "num_core_layers": 0},
+        ["residual_streams='hyperloop' acts on the core", "use 'none'"],
+    ),
+    "hyperloop_halting": (
+        {"residual_streams": "hyperloop", "halting": "gate"},
+        ["halting='gate' with residual_streams='hyperloop': it works on one state", "4 streams; use halting='none'"],
+    ),
+    "hyperloop_norm": (
+        {"residual_streams": "hyperloop", "final_norm": "every_loop"},
+        ["final_norm='every_loop' with residual_streams='hyperloop'", "use final_norm='end' or 'after_loops'"],
+    ),
+    "hyperloop_update": (
+        {"residual_streams": "hyperloop", "loop_update": "gated"},
+        ["loop_update='gated' with residual_streams='hyperloop'", "use loop_update='replace'"],
+    ),
+    "hyperloop_groups": (
+        {"residual_streams": "hyperloop", "core_group_size": 1, "injection": "none", "state_init": "input"},
+        ["core_group_size=1 with residual_streams='hyperloop'", "use core_group_size=None"],
+    ),
+    "hyperloop_nested": (
+        {"residual_streams": "hyperloop", "schedule": "nested", "injection": "none", "state_init": "input"},
+        ["schedule='nested' with residual_streams='hyperloop'", "use schedule='flat'"],
+    ),
+    "one_hyperloop_stream": (
+        {"residual_streams": {"type": "hyperloop", "num_streams": 1}},
+        ["residual_streams: type 'hyperloop': num_streams=1 must be at least 2"],
+    ),
     "one_stream": (
         {"residual_streams": {"type": "mhc", "num_streams": 1}},
         ["residual_streams: type 'mhc': num_streams=1 must be at least 2"],
@@ -187,6 +215,7 @@ REFUSED_TOGETHER = [
     *(f"core_width_and_{name}" for name in ("injection", "state", "skip", "readout", "norm")),
     *("narrow_embeddings_tied", "narrow_embeddings_linear_head", "value_layer", "value_gate"),
     *("streams_halting", "streams_norm", "streams_of_a_stack"),
+    *(f"hyperloop_{name}" for name in ("of_a_stack", "halting", "norm", "update", "groups", "nested")),
     *("depth_sharing", "depth_heads", "depth_routing", "narrow_ngrams"),
 ]
 #: `narrow` is wrong only while head_dim follows from hidden_size, and `no_layers` is refused at its last write.

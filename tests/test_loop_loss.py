@@ -124,7 +124,9 @@ def test_loss_and_gradients_equal_the_equations(variant):
     assert_parity(model)
 
 
-@pytest.mark.parametrize("variant", ["mhc", "depth_attention", "shared", "lora", "nested", "halting_change"])
+@pytest.mark.parametrize(
+    "variant", ["mhc", "hyperloop", "depth_attention", "shared", "lora", "nested", "halting_change"]
+)
 def test_deep_supervision_is_the_mean_of_the_losses_of_models_that_end_earlier(variant):
     nested = {"schedule": {"type": "nested", "inner_loops": 2}, "injection": "none", "state_init": "input"}
     settings = nested if variant == "nested" else VARIANTS[variant]

@@ -53,7 +53,7 @@ def test_generate_batch_equals_generate_per_prompt(variant, attention):
 
 
 @pytest.mark.parametrize("num_loops", [1, 5])
-@pytest.mark.parametrize("variant", ["parcae", "sliding", "nanbeige", "mhc", "depth_attention"])
+@pytest.mark.parametrize("variant", ["parcae", "sliding", "nanbeige", "mhc", "hyperloop", "depth_attention"])
 def test_generate_batch_runs_the_loops_of_its_generation_config(variant, num_loops):
     model = tiny_model(std=1.0, **VARIANTS[variant])
     expected = alone(model, num_loops=num_loops)

@@ -93,6 +93,21 @@ MORE_VARIANTS = {
         "core_num_key_value_heads": 3,
         "readout": "linear",
     },
+    "hyperloop": {
+        "residual_streams": {"type": "hyperloop", "num_streams": 3, "table_loops": 2},
+        "injection": "none",
+        "state_init": "input",
+        "final_norm": "after_loops",
+        "loop_conditioning": "embedding",
+    },
+    "hyperloop_wide": {
+        "residual_streams": "hyperloop",
+        "core_hidden_size": 24,
+        "core_num_attention_heads": 3,
+        "core_num_key_value_heads": 3,
+        "readout": "linear",
+        "kv_sharing": "first_loop",
+    },
     "sinusoidal": {"loop_conditioning": "sinusoidal"},
     "sinusoidal_positions": {
         "loop_conditioning": {"type": "sinusoidal", "scale": 0.3, "positions": "every_loop"},

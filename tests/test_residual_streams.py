@@ -4,6 +4,7 @@ Their equations are compared with `reference_streams.py` in `test_reference_pari
 """
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from modeling_looped import LoopedForCausalLM
 from modeling_looped.residual_streams import RESIDUAL_STREAMS, sinkhorn
 
 KINDS = [name for name in RESIDUAL_STREAMS if name != "none"]
-kinds = pytest.mark.parametrize("kind", KINDS)
+every_kind = pytest.mark.parametrize("kind", KINDS)
+#: Those that connect attention and MLP, not loops.
+kinds = pytest.mark.parametrize("kind", [name for name in KINDS if name != "hyperloop"])
 
 
 @pytest.mark.parametrize("iterations", [1, 5, 40])
@@ -64,12 +67,18 @@ def test_loops_beyond_their_own_connections_use_the_last(kind):
 
 
 @kinds
-def test_the_state_is_what_span_says_and_can_be_given_either_way(kind):
-    carried, parts = (tiny_model(residual_streams={"type": kind, "span": span}) for span in ("model", "part"))
+def test_within_a_span_of_parts_the_state_is_one(kind):
+    model = tiny_model(residual_streams={"type": kind, "span": "part"})
+    states = model(random_tokens(), output_loop_hidden_states=True).loop_hidden_states
+    assert {state.shape for state in states} == {(2, 7, 32)}
+
+
+@every_kind
+def test_a_state_of_streams_can_be_given_either_way(kind):
+    carried = tiny_model(residual_streams=kind)
     tokens = random_tokens()
     states = carried(tokens, output_loop_hidden_states=True).loop_hidden_states
     assert {state.shape for state in states} == {(2, 7, 4, 32)}
-    assert {s.shape for s in parts(tokens, output_loop_hidden_states=True).loop_hidden_states} == {(2, 7, 32)}
     start = torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(1))
     copies = start.unsqueeze(2).expand(-1, -1, 4, -1)
     expected = carried(tokens, initial_state=copies).logits
@@ -97,15 +106,22 @@ def test_hidden_states_are_the_mean_of_the_streams(kind, span):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"type": "mhc", "core_num_streams": 2, "own_loops": 2, "sinkhorn_iterations": 2},
+        {"type": "hyperloop", "num_streams": 2},
+    ],
+    ids=["mhc", "hyperloop"],
+)
 @torch.no_grad()
-def test_a_forward_is_one_graph():
-    spec = {"type": "mhc", "core_num_streams": 2, "own_loops": 2, "sinkhorn_iterations": 2}
+def test_a_forward_is_one_graph(spec):
     model = tiny_model(residual_streams=spec, num_core_layers=1, num_coda_layers=0, num_loops=2)
     compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
     assert_close(compiled(random_tokens(), use_cache=False).logits, model(random_tokens()).logits)
 
 
-@kinds
+@every_kind
 @torch.no_grad()
 def test_compiled_blocks_take_the_streams(kind):
     model = tiny_model(residual_streams=kind)
@@ -114,7 +130,7 @@ def test_compiled_blocks_take_the_streams(kind):
     assert_close(model(random_tokens(), num_loops=4).logits, expected)
 
 
-@kinds
+@every_kind
 @torch.no_grad()
 def test_beams_on_a_static_cache_are_those_on_a_dynamic_one(kind):
     model = tiny_model(std=1.0, residual_streams=kind)
@@ -136,6 +152,66 @@ def test_nested_loops_and_groups_carry_streams(kind):
         first = model(tokens[:, :4], use_cache=True)
         rest = model(tokens[:, 4:], past_key_values=first.past_key_values)
         assert_close(torch.cat((first.logits, rest.logits), dim=1), whole, TOLERANCE[torch.float32])
+
+
+#: The streams of a Hyperloop transformer as its paper has them: the tokens enter once.
+PLAIN_LOOP = {"injection": "none", "state_init": "input"}
+
+
+@torch.no_grad()
+def test_fresh_hyperloop_streams_are_moving_averages_of_what_the_loops_give():
+    torch.manual_seed(0)
+    model = LoopedForCausalLM(tiny_config(residual_streams="hyperloop", **PLAIN_LOOP)).eval()
+    entering, leaving = [], []
+    core = model.model.layers[1 : 1 + model.config.num_core_layers]
+    core[0].register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+    core[-1].register_forward_hook(lambda _, __, output: leaving.append(output))
+    states = model(random_tokens(), num_loops=5, output_loop_hidden_states=True).loop_hidden_states
+    keep = torch.tensor([1, 3, 5, 7])[:, None] / 8
+    for loop, (before, after) in enumerate(itertools.pairwise(states)):
+        assert_close(entering[loop], before.mean(2), 1e-5)
+        assert_close(after, keep * before + (1 - keep) * leaving[loop].unsqueeze(2), 1e-5)
+
+
+@torch.no_grad()
+def test_fresh_hyperloop_streams_stay_as_large_as_what_the_loops_give():
+    model = tiny_model(residual_streams="hyperloop", **PLAIN_LOOP)
+    model.model.residual_streams.init_weights()
+    model.model.layers[1].register_forward_hook(lambda _, __, output: output / output.abs().amax(-1, keepdim=True))
+    model.model.layers[2].register_forward_hook(lambda _, __, output: output / output.abs().amax(-1, keepdim=True))
+    states = model(random_tokens(), num_loops=200, output_loop_hidden_states=True).loop_hidden_states
+    largest = torch.stack([state.abs().amax() for state in states])
+    assert (largest[1:] <= largest[0].clamp_min(1.0) + 1e-4).all()
+
+
+def test_every_parameter_of_hyperloop_streams_learns():
+    model = tiny_model(residual_streams="hyperloop", **PLAIN_LOOP)
+    tokens = random_tokens()
+    model(tokens, labels=tokens).loss.backward()
+    streams = model.model.residual_streams
+    gradients = dict(streams.named_parameters())
+    assert set(gradients) == {"weight", "bias", "gate", "shift"}
+    for name, parameter in gradients.items():
+        assert (parameter.grad.flatten(1).abs().amax(1) > 0).all(), name
+
+
+@torch.no_grad()
+def test_hyperloop_loops_beyond_the_table_use_its_last_row():
+    model = tiny_model(residual_streams={"type": "hyperloop", "table_loops": 2}, **PLAIN_LOOP)
+    tokens = random_tokens()
+    states = model(tokens, num_loops=4, output_loop_hidden_states=True).loop_hidden_states
+    model.model.residual_streams.bias[0] += 1.0
+    changed = model(tokens, num_loops=4, output_loop_hidden_states=True).loop_hidden_states
+    assert not torch.allclose(changed[1], states[1])
+    again = model(tokens, num_loops=3, initial_state=states[1], output_loop_hidden_states=True).loop_hidden_states
+    model.model.residual_streams.bias[0] = model.model.residual_streams.bias[1]
+    model.model.residual_streams.weight[0] = model.model.residual_streams.weight[1]
+    model.model.residual_streams.gate[0] = model.model.residual_streams.gate[1]
+    model.model.residual_streams.shift[0] = model.model.residual_streams.shift[1]
+    from_second = model(tokens, num_loops=3, initial_state=states[1], output_loop_hidden_states=True)
+    assert not torch.allclose(again[1], states[2])
+    for one, other in zip(from_second.loop_hidden_states, states[1:], strict=True):
+        assert_close(one, other)
 
 
 def test_a_router_within_a_span_of_parts_is_the_router_of_one_stream():

@@ -175,6 +175,7 @@ BLOCKING: dict[str, tuple[dict[str, Any], set[str]]] = {
     "depth_attention": ({"depth_attention": "anchors"}, {"depth_attention"}),
     "ngram_embedding": ({"ngram_embedding": "hashed"}, {"ngram_embedding"}),
     "residual_streams": ({"residual_streams": "mhc"}, {"residual_streams"}),
+    "streams between loops": ({"residual_streams": "hyperloop"}, {"residual_streams"}),
     "residual_streams in a stack": ({"num_core_layers": 0, "residual_streams": "mhc"}, {"residual_streams"}),
     "core sizes": (
         {"core_intermediate_size": 40, "core_num_attention_heads": 6},
