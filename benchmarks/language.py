@@ -6,8 +6,8 @@
 - `looped`: few wide layers, run several times;
 - `equal`: a stock Llama of as many parameters, in more and narrower layers;
 - `twice`: one with twice as many layers, whose MLP is so much wider that all its parameters are twice as many;
-- `once`: a stock Llama of the looped model's stored layers (with --preset wide_core, which no Llama has, the looped
-  model at one loop): whether it is the width that helps.
+- `once`: a stock Llama of the looped model's stored layers (with a wide core, which no Llama has, the looped model at
+  one loop): whether it is the width that helps.
 
 All have the same tokenizer, batches, optimiser and schedule, and with the same seed the same tokens in the same order.
 The rate of each is the best of --rates, with the first seed on --tuning-tokens (`once` takes that of `equal`). Every
@@ -34,6 +34,7 @@ import fcntl
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -84,8 +85,8 @@ NARROW = Preset(
     loops=6,
 )
 
-#: 0.43 M, 1.5 M (`narrow`, and `wide_core` beside the same stacks) and 2.6 M parameters. The `twice` of `tiny` has
-#: twice the layers and no wider MLP, 1.77 times the parameters: the recorded runs are of that.
+#: 0.43 M, 1.5 M (`narrow`, and beside the same stacks wide cores of one layer and of two) and 2.6 M parameters. The
+#: `twice` of `tiny` has twice the layers and no wider MLP, 1.77 times the parameters: the recorded runs are of that.
 PRESETS = {
     "tiny": Preset(
         vocabulary=1024,
@@ -97,6 +98,9 @@ PRESETS = {
     "narrow": NARROW,
     "wide_core": NARROW._replace(
         looped=Shape(layers=1, width=320, intermediate=736, heads=8), embeddings=NARROW.stacked.width
+    ),
+    "wide_core_of_two": NARROW._replace(
+        looped=Shape(layers=2, width=216, intermediate=592, heads=6), embeddings=NARROW.stacked.width
     ),
     "wide": Preset(
         vocabulary=4096,
@@ -128,8 +132,39 @@ def name_and_rate(text: str) -> tuple[str, float]:
     raise argparse.ArgumentTypeError(f"{text!r} must end in a learning rate above 0, as in {name}=1e-2")
 
 
-def parse() -> argparse.Namespace:
-    """Options of the command line."""
+#: Options that decide what a run of a stack is, beside its shape, rate, seed and tokens.
+OF_A_RUN = ("optimizer", "eval_tokens", "length", "batch", "bf16", "quick")
+
+
+def recorded_stacks(path: Path, options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[Job, Row]:
+    """The runs of the two stacks in the --output of an earlier call, which was of the same shapes and settings.
+
+    Raises:
+        ValueError: if it was not; names what differs.
+    """
+    record = json.loads(path.read_text(encoding="utf-8"))
+    then = parser.parse_args(shlex.split(record["command"])[2:])
+    preset = PRESETS[options.preset]
+    differences = [
+        f"{name}={theirs!r} there and {ours!r} here"
+        for name, theirs, ours in (
+            ("vocabulary", record["preset"]["vocabulary"], preset.vocabulary),
+            ("stacked", Shape(**record["preset"]["stacked"]), preset.stacked),
+            ("twice", Shape(**record["preset"]["twice"]), preset.twice),
+            *((name, getattr(then, name), getattr(options, name)) for name in OF_A_RUN),
+            *((name, getattr(then, name).name, getattr(options, name).name) for name in ("text", "eval")),
+        )
+        if theirs != ours
+    ]
+    if differences:
+        raise ValueError(f"{path} has other runs: {'; '.join(differences)}.")
+    groups = [part["runs"] for part in record.values() if isinstance(part, dict) and "runs" in part]
+    rows = [row for group in (record["tuning"], *groups) for row in group if row["name"] in (EQUAL, TWICE)]
+    return {Job(*(row[field] for field in Job._fields)): row for row in rows}
+
+
+def option_parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--text", type=Path, required=True, help="to train on")
@@ -146,8 +181,21 @@ def parse() -> argparse.Namespace:
     add("--length", type=int, default=128, help="tokens of a block (%(default)s)")
     add("--batch", type=int, default=32, help="blocks per step (%(default)s)")
     add("--bf16", action="store_true", help="mixed precision, faster where the machine multiplies bf16")
+    add("--recorded", type=Path, metavar="FILE", help="an earlier --output, whose runs of the stacks not to repeat")
     add_run_options(parser, "build/language")
+    return parser
+
+
+def parse() -> argparse.Namespace:
+    """Options of the command line, and `stacks`: the recorded runs that are not to be repeated."""
+    parser = option_parser()
     options = parser.parse_args()
+    options.stacks = {}
+    if options.recorded:
+        try:
+            options.stacks = recorded_stacks(options.recorded, options, parser)
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            parser.error(f"--recorded {options.recorded}: {error}")
     if options.quick:
         options.tokens, options.tuning_tokens, options.rates, options.seeds = 16_384, 8_192, [1e-3], [0]
         options.length, options.batch, options.eval_tokens = 64, 8, 4_096
@@ -197,6 +245,8 @@ def costs(fields: dict[str, Any], length: int) -> tuple[int, float]:
 
 def train(options: argparse.Namespace, job: Job, tokenizer: Path) -> Row:
     """One run, or the rest of it, or what an earlier call finished; returns its row."""
+    if recorded := options.stacks.get(job._replace(tokens=job.tokens // options.length * options.length)):
+        return recorded
     preset = PRESETS[options.preset]
     output = options.work / f"{job.name}-seed{job.seed}-lr{job.learning_rate:g}-{job.tokens}"
     fields = fields_of(job.name, preset, options.length)

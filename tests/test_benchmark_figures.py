@@ -158,6 +158,57 @@ def test_another_rate_names_its_contestant():
             language.name_and_rate(text)
 
 
+def recorded_options(*words: str) -> argparse.Namespace:
+    """Options as the language benchmark parses them."""
+    return language.option_parser().parse_args(["--text", "a/train.txt", "--eval", "valid.txt", *words])
+
+
+#: What a million tokens are in whole blocks of 128.
+SEEN = 999_936
+
+
+def recording(tmp_path: Path, *words: str, preset: str = "narrow") -> Path:
+    """What a call of the language benchmark wrote about one run of each contestant."""
+    shapes = language.PRESETS[preset]._asdict()
+    shapes |= {name: part._asdict() for name, part in shapes.items() if isinstance(part, language.Shape)}
+    command = ["python", "benchmarks/language.py", "--text", "b/train.txt", "--eval", "valid.txt", *words]
+    tuning = [row("twice", 4.5, rate=2e-3) | {"tokens": SEEN}]
+    runs = [row(name, loss) | {"tokens": SEEN} for name, loss in (("equal", 4.0), ("looped", 3.9), ("twice", 3.7))]
+    path = tmp_path / "record.json"
+    record = {"command": " ".join(command), "preset": shapes, "tuning": tuning, "same tokens": {"runs": runs}}
+    small_runs.write_json(path, record)
+    return path
+
+
+def test_recorded_runs_of_the_same_stacks_are_not_repeated(tmp_path):
+    path = recording(tmp_path, "--bf16", "--preset", "narrow", "--tuning-tokens", "5")
+    options = recorded_options("--bf16", "--preset", "wide_core", "--tokens", "7")
+    found = language.recorded_stacks(path, options, language.option_parser())
+    assert {(job.name, job.learning_rate): found[job]["loss"] for job in found} == {
+        ("equal", 1e-3): 4.0,
+        ("twice", 1e-3): 3.7,
+        ("twice", 2e-3): 4.5,
+    }
+    options.stacks = found
+    job = language.Job("twice", 1e-3, 0, 10**6)
+    assert language.train(options, job, tmp_path) == found[job._replace(tokens=SEEN)]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--preset", "tiny"], "vocabulary=2048 there and 1024 here; stacked=Shape"),
+        (["--preset", "narrow", "--bf16"], "bf16=False there and True here"),
+        (["--preset", "narrow", "--length", "64"], "length=128 there and 64 here"),
+        (["--preset", "narrow", "--eval", "other.txt"], "eval='valid.txt' there and 'other.txt' here"),
+    ],
+)
+def test_recorded_runs_of_other_stacks_are_refused(words, says, tmp_path):
+    path = recording(tmp_path)
+    with pytest.raises(ValueError, match=says):
+        language.recorded_stacks(path, recorded_options(*words), language.option_parser())
+
+
 @pytest.mark.parametrize("name_of_preset", language.PRESETS)
 def test_contestants_of_the_language_benchmark_have_the_sizes_that_it_says(name_of_preset):
     preset, length = language.PRESETS[name_of_preset], 16
