@@ -35,6 +35,7 @@ VARIANTS = {
     "tied": {"final_norm": "after_loops", "tie_word_embeddings": True},
     "halting": {"halting": "gate", "readout": "linear"},
     "truncated": {"backprop_loops": 1},
+    "hyperloop": {"residual_streams": {"type": "hyperloop", "num_streams": 2, "table_loops": 2}},
 }
 
 #: (strategy, checkpointing, loops, variant). `fsdp` frees a layer's gathered weights after each use, `fsdp_kept` keeps
