@@ -132,35 +132,35 @@ def name_and_rate(text: str) -> tuple[str, float]:
     raise argparse.ArgumentTypeError(f"{text!r} must end in a learning rate above 0, as in {name}=1e-2")
 
 
-#: Options that decide what a run of a stack is, beside its shape, rate, seed and tokens.
+#: Options that decide what a run is, beside its contestant, rate, seed and tokens.
 OF_A_RUN = ("optimizer", "eval_tokens", "length", "batch", "bf16", "quick")
 
 
-def recorded_stacks(path: Path, options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[Job, Row]:
-    """The runs of the two stacks in the --output of an earlier call, which was of the same shapes and settings.
+def recorded_runs(path: Path, options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[Job, Row]:
+    """The runs in the --output of an earlier call, of those contestants that have the same config here.
 
     Raises:
-        ValueError: if it was not; names what differs.
+        ValueError: if it was called with other settings, or has no such run; says why.
     """
     record = json.loads(path.read_text(encoding="utf-8"))
     then = parser.parse_args(shlex.split(record["command"])[2:])
-    preset = PRESETS[options.preset]
-    differences = [
-        f"{name}={theirs!r} there and {ours!r} here"
-        for name, theirs, ours in (
-            ("vocabulary", record["preset"]["vocabulary"], preset.vocabulary),
-            ("stacked", Shape(**record["preset"]["stacked"]), preset.stacked),
-            ("twice", Shape(**record["preset"]["twice"]), preset.twice),
-            *((name, getattr(then, name), getattr(options, name)) for name in OF_A_RUN),
-            *((name, getattr(then, name).name, getattr(options, name).name) for name in ("text", "eval")),
-        )
-        if theirs != ours
-    ]
-    if differences:
-        raise ValueError(f"{path} has other runs: {'; '.join(differences)}.")
+    settings = [(name, getattr(then, name), getattr(options, name)) for name in OF_A_RUN]
+    settings += [(name, getattr(then, name).name, getattr(options, name).name) for name in ("text", "eval")]
+    if differences := [
+        f"{name}={theirs!r} there and {ours!r} here" for name, theirs, ours in settings if theirs != ours
+    ]:
+        raise ValueError(f"it is of other settings: {'; '.join(differences)}.")
+    shapes = {name: Shape(**part) if isinstance(part, dict) else part for name, part in record["preset"].items()}
+    presets = (Preset(**shapes), PRESETS[options.preset])
     groups = [part["runs"] for part in record.values() if isinstance(part, dict) and "runs" in part]
-    rows = [row for group in (record["tuning"], *groups) for row in group if row["name"] in (EQUAL, TWICE)]
-    return {Job(*(row[field] for field in Job._fields)): row for row in rows}
+    found = {}
+    for row in (row for group in (record["tuning"], *groups) for row in group):
+        theirs, ours = (fields_of(row["name"], preset, options.length) for preset in presets)
+        if theirs == ours:
+            found[Job(*(row[field] for field in Job._fields))] = row
+    if not found:
+        raise ValueError(f"none of its contestants is one of --preset {options.preset}.")
+    return found
 
 
 def option_parser() -> argparse.ArgumentParser:
@@ -181,19 +181,19 @@ def option_parser() -> argparse.ArgumentParser:
     add("--length", type=int, default=128, help="tokens of a block (%(default)s)")
     add("--batch", type=int, default=32, help="blocks per step (%(default)s)")
     add("--bf16", action="store_true", help="mixed precision, faster where the machine multiplies bf16")
-    add("--recorded", type=Path, metavar="FILE", help="an earlier --output, whose runs of the stacks not to repeat")
+    add("--recorded", type=Path, metavar="FILE", help="an earlier --output, whose runs are not to be repeated")
     add_run_options(parser, "build/language")
     return parser
 
 
 def parse() -> argparse.Namespace:
-    """Options of the command line, and `stacks`: the recorded runs that are not to be repeated."""
+    """Options of the command line, and `known`: the recorded runs that are not to be repeated."""
     parser = option_parser()
     options = parser.parse_args()
-    options.stacks = {}
+    options.known = {}
     if options.recorded:
         try:
-            options.stacks = recorded_stacks(options.recorded, options, parser)
+            options.known = recorded_runs(options.recorded, options, parser)
         except (OSError, KeyError, TypeError, ValueError) as error:
             parser.error(f"--recorded {options.recorded}: {error}")
     if options.quick:
@@ -245,7 +245,7 @@ def costs(fields: dict[str, Any], length: int) -> tuple[int, float]:
 
 def train(options: argparse.Namespace, job: Job, tokenizer: Path) -> Row:
     """One run, or the rest of it, or what an earlier call finished; returns its row."""
-    if recorded := options.stacks.get(job._replace(tokens=job.tokens // options.length * options.length)):
+    if recorded := options.known.get(job._replace(tokens=job.tokens // options.length * options.length)):
         return recorded
     preset = PRESETS[options.preset]
     output = options.work / f"{job.name}-seed{job.seed}-lr{job.learning_rate:g}-{job.tokens}"

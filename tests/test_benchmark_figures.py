@@ -180,33 +180,36 @@ def recording(tmp_path: Path, *words: str, preset: str = "narrow") -> Path:
     return path
 
 
-def test_recorded_runs_of_the_same_stacks_are_not_repeated(tmp_path):
+def test_recorded_runs_of_the_same_contestants_are_not_repeated(tmp_path):
     path = recording(tmp_path, "--bf16", "--preset", "narrow", "--tuning-tokens", "5")
     options = recorded_options("--bf16", "--preset", "wide_core", "--tokens", "7")
-    found = language.recorded_stacks(path, options, language.option_parser())
-    assert {(job.name, job.learning_rate): found[job]["loss"] for job in found} == {
-        ("equal", 1e-3): 4.0,
-        ("twice", 1e-3): 3.7,
-        ("twice", 2e-3): 4.5,
-    }
-    options.stacks = found
+    found = language.recorded_runs(path, options, language.option_parser())
+    stacks = {("equal", 1e-3): 4.0, ("twice", 1e-3): 3.7, ("twice", 2e-3): 4.5}
+    assert {(job.name, job.learning_rate): run["loss"] for job, run in found.items()} == stacks
+    options.known = found
     job = language.Job("twice", 1e-3, 0, 10**6)
     assert language.train(options, job, tmp_path) == found[job._replace(tokens=SEEN)]
+    options = recorded_options("--bf16", "--preset", "narrow")
+    found = language.recorded_runs(path, options, language.option_parser())
+    assert {(job.name, job.learning_rate): run["loss"] for job, run in found.items()} == {
+        **stacks,
+        ("looped", 1e-3): 3.9,
+    }
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--preset", "tiny"], "vocabulary=2048 there and 1024 here; stacked=Shape"),
-        (["--preset", "narrow", "--bf16"], "bf16=False there and True here"),
+        (["--preset", "tiny"], "none of its contestants is one of --preset tiny"),
+        (["--preset", "narrow", "--bf16"], "other settings: bf16=False there and True here"),
         (["--preset", "narrow", "--length", "64"], "length=128 there and 64 here"),
         (["--preset", "narrow", "--eval", "other.txt"], "eval='valid.txt' there and 'other.txt' here"),
     ],
 )
-def test_recorded_runs_of_other_stacks_are_refused(words, says, tmp_path):
+def test_recorded_runs_of_others_are_refused(words, says, tmp_path):
     path = recording(tmp_path)
     with pytest.raises(ValueError, match=says):
-        language.recorded_stacks(path, recorded_options(*words), language.option_parser())
+        language.recorded_runs(path, recorded_options(*words), language.option_parser())
 
 
 @pytest.mark.parametrize("name_of_preset", language.PRESETS)
