@@ -13,7 +13,8 @@ All have the same tokenizer, batches, optimiser and schedule, and with the same 
 The rate of each is the best of --rates, with the first seed on --tuning-tokens (`once` takes that of `equal`). Every
 seed then trains the first three on --tokens, and those that --again names at that rate too: a rate that is best on few
 tokens may be too high for many. The one whose mean loss over seeds is lower counts. What looping gives is
-(L_equal - L_looped) / (L_equal - L_twice), of losses on held-out text. With the first seed follow
+(L_equal - L_looped) / (L_equal - L_twice), of losses on held-out text. With the first seed follow, but for
+--shares-only,
 
 - `once`, on as many tokens;
 - since a looped step costs more, `looped` and `twice` on so few that they cost the training FLOPs of `equal`;
@@ -66,7 +67,8 @@ class Preset(NamedTuple):
     """Sizes: a stacked shape, one of twice its parameters, and one of as many whose layers run `loops` times.
 
     A wide looped model pays for its width in the embeddings too, which no loop uses again: where `embeddings` is set,
-    they are only that wide, and the core alone is as wide as `looped` says.
+    they are only that wide, and the core alone is as wide as `looped` says. `outer` layers of its kind run once before
+    the core, and as many behind it.
     """
 
     vocabulary: int
@@ -75,6 +77,7 @@ class Preset(NamedTuple):
     looped: Shape
     loops: int
     embeddings: int | None = None
+    outer: int = 0
 
 
 NARROW = Preset(
@@ -85,16 +88,20 @@ NARROW = Preset(
     loops=6,
 )
 
-#: 0.43 M, 1.5 M (`narrow`, and beside the same stacks wide cores of one layer and of two) and 2.6 M parameters. The
-#: `twice` of `tiny` has twice the layers and no wider MLP, 1.77 times the parameters: the recorded runs are of that.
+TINY = Preset(
+    vocabulary=1024,
+    stacked=Shape(layers=3, width=96, intermediate=256, heads=3),
+    twice=Shape(layers=6, width=96, intermediate=256, heads=3),
+    looped=Shape(layers=1, width=144, intermediate=408, heads=3),
+    loops=8,
+)
+
+#: 0.43 M, 1.5 M and 2.6 M parameters. Beside the stacks of `tiny` also the published layout, the stack itself with its
+#: middle looped; beside those of `narrow` wide cores of one layer and of two. The `twice` of `tiny` has twice the
+#: layers and no wider MLP, 1.77 times the parameters: the recorded runs are of that.
 PRESETS = {
-    "tiny": Preset(
-        vocabulary=1024,
-        stacked=Shape(layers=3, width=96, intermediate=256, heads=3),
-        twice=Shape(layers=6, width=96, intermediate=256, heads=3),
-        looped=Shape(layers=1, width=144, intermediate=408, heads=3),
-        loops=8,
-    ),
+    "tiny": TINY,
+    "tiny_middle": TINY._replace(looped=Shape(layers=1, width=96, intermediate=240, heads=3), outer=1),
     "narrow": NARROW,
     "wide_core": NARROW._replace(
         looped=Shape(layers=1, width=320, intermediate=736, heads=8), embeddings=NARROW.stacked.width
@@ -182,6 +189,7 @@ def option_parser() -> argparse.ArgumentParser:
     add("--batch", type=int, default=32, help="blocks per step (%(default)s)")
     add("--bf16", action="store_true", help="mixed precision, faster where the machine multiplies bf16")
     add("--recorded", type=Path, metavar="FILE", help="an earlier --output, whose runs are not to be repeated")
+    add("--shares-only", action="store_true", help="end when every seed has trained the first three")
     add_run_options(parser, "build/language")
     return parser
 
@@ -220,10 +228,11 @@ def fields_of(name: str, preset: Preset, length: int) -> dict[str, Any]:
         "initializer_range": round(0.02 * math.sqrt(768 / shape.width), 3),
     }
     if name in (EQUAL, TWICE) or (name == ONCE and preset.embeddings is None):
-        return {**fields, "model_type": "llama", "num_hidden_layers": shape.layers}
+        layers = shape.layers + (2 * preset.outer if name == ONCE else 0)
+        return {**fields, "model_type": "llama", "num_hidden_layers": layers}
     loops = 1 if name == ONCE else preset.loops
     fields |= {"model_type": "looped", "num_loops": loops, "loop_conditioning": {"type": "norms"}}
-    fields |= {"num_prelude_layers": 0, "num_core_layers": shape.layers, "num_coda_layers": 0}
+    fields |= {"num_prelude_layers": preset.outer, "num_core_layers": shape.layers, "num_coda_layers": preset.outer}
     if preset.embeddings is not None:
         fields |= {key: fields[key.removeprefix("core_")] for key in CORE_SIZES}
         fields |= {"hidden_size": preset.embeddings, "head_dim": shape.width // shape.heads, "readout": "linear"}
@@ -357,6 +366,9 @@ def main() -> None:
     behind = [row for row in trained if row not in same_tokens]
     tried = {"other rates": behind} if behind else {}
     write(options, tuning, {"same tokens": same_tokens, **tried})
+    if options.shares_only:
+        print(table({"same tokens": same_tokens, **tried}))
+        return
     per_token = {name: costs(fields_of(name, preset, options.length), options.length)[1] for name in names}
     as_cheap = {name: round(options.tokens * per_token[EQUAL] / per_token[name]) for name in (LOOPED, TWICE)}
     drawn, once, *same_flops = run(
