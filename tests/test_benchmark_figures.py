@@ -13,6 +13,7 @@ from helpers import random_tokens, tiny_model
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import language
+import language_contestants
 import language_table
 import reasoning
 import small_runs
@@ -169,8 +170,8 @@ SEEN = 999_936
 
 def recording(tmp_path: Path, *words: str, preset: str = "narrow") -> Path:
     """What a call of the language benchmark wrote about one run of each contestant."""
-    shapes = language.PRESETS[preset]._asdict()
-    shapes |= {name: part._asdict() for name, part in shapes.items() if isinstance(part, language.Shape)}
+    shapes = language_contestants.PRESETS[preset]._asdict()
+    shapes |= {name: part._asdict() for name, part in shapes.items() if isinstance(part, language_contestants.Shape)}
     command = ["python", "benchmarks/language.py", "--text", "b/train.txt", "--eval", "valid.txt", *words]
     tuning = [row("twice", 4.5, rate=2e-3) | {"tokens": SEEN}]
     runs = [row(name, loss) | {"tokens": SEEN} for name, loss in (("equal", 4.0), ("looped", 3.9), ("twice", 3.7))]
@@ -212,10 +213,13 @@ def test_recorded_runs_of_others_are_refused(words, says, tmp_path):
         language.recorded_runs(path, recorded_options(*words), language.option_parser())
 
 
-@pytest.mark.parametrize("name_of_preset", language.PRESETS)
+@pytest.mark.parametrize("name_of_preset", language_contestants.PRESETS)
 def test_contestants_of_the_language_benchmark_have_the_sizes_that_it_says(name_of_preset):
-    preset, length = language.PRESETS[name_of_preset], 16
-    found = {name: language.costs(language.fields_of(name, preset, length), length) for name in language_table.NAMES}
+    preset, length = language_contestants.PRESETS[name_of_preset], 16
+    found = {
+        name: language_contestants.costs(language_contestants.fields_of(name, preset, length), length)
+        for name in language_table.NAMES
+    }
     parameters = {name: count for name, (count, _) in found.items()}
     flops = {name: cost for name, (_, cost) in found.items()}
     assert 0.98 * parameters["equal"] < parameters["looped"] <= parameters["equal"]
