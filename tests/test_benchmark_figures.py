@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -211,6 +212,18 @@ def test_recorded_runs_of_others_are_refused(words, says, tmp_path):
     path = recording(tmp_path)
     with pytest.raises(ValueError, match=says):
         language.recorded_runs(path, recorded_options(*words), language.option_parser())
+
+
+RECORDS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("language*.json"))
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_the_figures_in_the_repository_need_no_repeating(path):
+    record = json.loads(path.read_text())
+    parser = language.option_parser()
+    options = parser.parse_args(shlex.split(record["command"])[2:])
+    found = language.recorded_runs(path, options, parser).values()
+    assert all(run in found for run in (*record["tuning"], *record["same tokens"]["runs"]))
 
 
 @pytest.mark.parametrize("name_of_preset", language_contestants.PRESETS)
