@@ -16,12 +16,12 @@ tokens may be too high for many. The one whose mean loss over seeds is lower cou
 (L_equal - L_looped) / (L_equal - L_twice), of losses on held-out text. With the first seed follow, but for
 --shares-only,
 
-- `once`, on as many tokens;
-- since a looped step costs more, `looped` and `twice` on so few that they cost the training FLOPs of `equal`;
+- since a looped step costs more, `looped` and `twice` on so few tokens that they cost the training FLOPs of `equal`;
 - `looped_drawn`, the looped model that draws its loops batch by batch, on half the tokens: for
-  `benchmarks/test_time_curve.py`.
+  `benchmarks/test_time_curve.py`;
+- `once`, on as many tokens.
 
---output is written when the rates are chosen, when every seed is trained, and at the end.
+--output is written when the rates are chosen, when every seed is trained, at the same FLOPs, and at the end.
 
 Every run is one of `python -m modeling_looped train`, in a folder of its own under --work: the same command goes on
 where it was stopped, and reads what is finished.
@@ -263,16 +263,15 @@ def main() -> None:
         return
     per_token = {name: costs(fields_of(name, preset, options.length), options.length)[1] for name in names}
     as_cheap = {name: round(options.tokens * per_token[EQUAL] / per_token[name]) for name in (LOOPED, TWICE)}
-    drawn, once, *same_flops = run(
-        [
-            Job(DRAWN, rates[LOOPED], first, options.tokens // 2),
-            Job(ONCE, rates[EQUAL], first, options.tokens),
-            *(Job(name, rates[name], first, tokens) for name, tokens in as_cheap.items()),
-        ]
+    same_flops = run([Job(name, rates[name], first, tokens) for name, tokens in as_cheap.items()])
+    same_flops += [row for row in same_tokens if (row["name"], row["seed"]) == (EQUAL, first)]
+    write(options, tuning, {"same tokens": same_tokens, "same FLOPs": same_flops, **tried})
+    drawn, once = run(
+        [Job(DRAWN, rates[LOOPED], first, options.tokens // 2), Job(ONCE, rates[EQUAL], first, options.tokens)]
     )
     groups = {
         "same tokens": [*same_tokens, once],
-        "same FLOPs": same_flops + [row for row in same_tokens if (row["name"], row["seed"]) == (EQUAL, first)],
+        "same FLOPs": same_flops,
         "drawn depths": [drawn],
         **tried,
     }
