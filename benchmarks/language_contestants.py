@@ -61,7 +61,7 @@ TINY = Preset(
 #: layers and no wider MLP, 1.77 times the parameters: the recorded runs are of that.
 PRESETS = {
     "tiny": TINY,
-    "tiny_middle": TINY._replace(looped=Shape(layers=1, width=96, intermediate=240, heads=3), outer=1),
+    "tiny_middle": TINY._replace(looped=Shape(layers=1, width=96, intermediate=248, heads=3), outer=1),
     "narrow": NARROW,
     "wide_core": NARROW._replace(
         looped=Shape(layers=1, width=320, intermediate=736, heads=8), embeddings=NARROW.stacked.width
