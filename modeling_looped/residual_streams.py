@@ -313,7 +313,8 @@ class HyperloopStreams(ResidualStreams):
         return entering, LoopMapping(keep, 2.0 * write, self.shift[row].to(state.dtype))
 
     def join_loop(self, state: Tensor, output: Tensor, mapping: LoopMapping) -> Tensor:
-        keep, write, shift = (part.to(output.device) for part in mapping)
+        # the loop may have ended on another device than it read the state on
+        state, keep, write, shift = (part.to(output.device) for part in (state, *mapping))
         return keep.unsqueeze(-1) * state + write.unsqueeze(-1) * (output + shift).unsqueeze(2)
 
     def after_loops(self, state: Tensor) -> Tensor:
