@@ -47,6 +47,29 @@ class Mapping(NamedTuple):
     mix: Tensor | None
 
 
+def check_streams(initial_gate: float, **counts: int | None) -> None:
+    """Shared check of the numbers of streams and of `initial_gate`."""
+    for name, value in counts.items():
+        if value is not None and value < 2:
+            raise ValueError(f"{name}={value!r} must be at least 2 (one stream is type 'none').")
+    if not math.isfinite(initial_gate):
+        raise ValueError(f"initial_gate={initial_gate!r} must be a finite number.")
+
+
+def project(streams: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """W v [B, S, outputs] and the mean square of v [B, S, 1], with v the streams [B, S, n, D] side by side."""
+    side_by_side = streams.flatten(2)
+    # at least fp32: the numbers are few, and 20 roundings of a doubly stochastic matrix in bf16 no longer make one
+    exact = torch.promote_types(streams.dtype, torch.float32)
+    mean_square = side_by_side.to(exact).square().mean(dim=-1, keepdim=True)
+    return F.linear(side_by_side, weight).to(exact), mean_square
+
+
+def read_from(streams: Tensor, strengths: Tensor) -> Tensor:
+    """The sum of the streams [B, S, n, D], each as strongly as `strengths` [B, S, n] say: [B, S, D]."""
+    return (strengths.unsqueeze(-1) * streams).sum(dim=2)
+
+
 class LoopMapping(NamedTuple):
     """How one loop's output joins the streams between the loops.
 
@@ -134,16 +157,11 @@ class StreamParams:
     initial_gate: float = 0.01
 
     def __post_init__(self):
-        for name in ("num_streams", "core_num_streams"):
-            value = getattr(self, name)
-            if value is not None and value < 2:
-                raise ValueError(f"{name}={value!r} must be at least 2 (one stream is type 'none').")
+        check_streams(self.initial_gate, num_streams=self.num_streams, core_num_streams=self.core_num_streams)
         if self.span not in ("model", "part"):
             raise ValueError(f"span={self.span!r} must be one of: model, part.")
         if self.own_loops < 1:
             raise ValueError(f"own_loops={self.own_loops!r} must be at least 1.")
-        if not math.isfinite(self.initial_gate):
-            raise ValueError(f"initial_gate={self.initial_gate!r} must be a finite number.")
 
 
 class SeveralStreams(ResidualStreams):
@@ -275,11 +293,8 @@ class HyperloopStreams(ResidualStreams):
         initial_gate: float = 0.01
 
         def __post_init__(self):
-            if self.num_streams < 2:
-                raise ValueError(f"num_streams={self.num_streams!r} must be at least 2 (one stream is type 'none').")
+            check_streams(self.initial_gate, num_streams=self.num_streams)
             check_table_loops(self.table_loops)
-            if not math.isfinite(self.initial_gate):
-                raise ValueError(f"initial_gate={self.initial_gate!r} must be a finite number.")
 
     def __init__(self, params, context):
         super().__init__(params, context)
@@ -303,14 +318,11 @@ class HyperloopStreams(ResidualStreams):
 
     def forward(self, state: Tensor, loop_idx: int) -> tuple[Tensor, LoopMapping]:
         n, row = self.params.num_streams, table_row(loop_idx, self.params.table_loops)
-        side_by_side = state.flatten(2)
-        exact = torch.promote_types(state.dtype, torch.float32)  # as in `HyperConnection.forward`
-        inverse_rms = torch.rsqrt(side_by_side.to(exact).square().mean(dim=-1, keepdim=True) + EPSILON)
-        projected = F.linear(side_by_side, self.weight[row]).to(exact) * inverse_rms
-        gate = self.gate[row].to(exact).repeat_interleave(n)
-        read, write, keep = torch.sigmoid(gate * projected + self.bias[row].to(exact)).to(state.dtype).split(n, dim=-1)
-        entering = (read.unsqueeze(-1) * state).sum(dim=2)
-        return entering, LoopMapping(keep, 2.0 * write, self.shift[row].to(state.dtype))
+        projected, mean_square = project(state, self.weight[row])
+        gate = self.gate[row].to(projected.dtype).repeat_interleave(n)
+        logits = gate * projected * torch.rsqrt(mean_square + EPSILON) + self.bias[row].to(projected.dtype)
+        read, write, keep = torch.sigmoid(logits).to(state.dtype).split(n, dim=-1)
+        return read_from(state, read), LoopMapping(keep, 2.0 * write, self.shift[row].to(state.dtype))
 
     def join_loop(self, state: Tensor, output: Tensor, mapping: LoopMapping) -> Tensor:
         # the loop may have ended on another device than it read the state on
@@ -365,15 +377,11 @@ class HyperConnection(SelfInitialised, ABC):
     def forward(self, streams: Tensor, loop_idx: int) -> tuple[Tensor, Mapping]:
         """X [B, S, n, D] in loop `loop_idx` -> what the branch reads, [B, S, D], and how its output is written."""
         row = table_row(loop_idx, self.rows)
-        side_by_side = streams.flatten(2)
-        # at least fp32: the numbers are few, and 20 roundings of a doubly stochastic matrix in bf16 no longer make one
-        exact = torch.promote_types(streams.dtype, torch.float32)
-        rms = side_by_side.to(exact).square().mean(dim=-1, keepdim=True)
-        projected = F.linear(side_by_side, self.weight[row]).to(exact) * self.inverse_rms(rms)
+        projected, mean_square = project(streams, self.weight[row])
+        exact, kind = projected.dtype, streams.dtype
+        projected = projected * self.inverse_rms(mean_square)
         read, write, mix = self.mappings(projected, self.gate[row].to(exact), self.bias[row].to(exact))
-        kind = streams.dtype
-        entering = (read.to(kind).unsqueeze(-1) * streams).sum(dim=2)
-        return entering, Mapping(write.to(kind), None if mix is None else mix.to(kind))
+        return read_from(streams, read.to(kind)), Mapping(write.to(kind), None if mix is None else mix.to(kind))
 
     @abstractmethod
     def inverse_rms(self, mean_square: Tensor) -> Tensor:

@@ -169,9 +169,9 @@ def recorded_options(*words: str) -> argparse.Namespace:
 SEEN = 999_936
 
 
-def recording(tmp_path: Path, *words: str, preset: str = "narrow") -> Path:
+def recording(tmp_path: Path, *words: str) -> Path:
     """What a call of the language benchmark wrote about one run of each contestant."""
-    shapes = language_contestants.PRESETS[preset]._asdict()
+    shapes = language_contestants.NARROW._asdict()
     shapes |= {name: part._asdict() for name, part in shapes.items() if isinstance(part, language_contestants.Shape)}
     command = ["python", "benchmarks/language.py", "--text", "b/train.txt", "--eval", "valid.txt", *words]
     tuning = [row("twice", 4.5, rate=2e-3) | {"tokens": SEEN}]

@@ -175,10 +175,9 @@ def test_fresh_hyperloop_streams_are_moving_averages_of_what_the_loops_give():
 
 @torch.no_grad()
 def test_fresh_hyperloop_streams_stay_as_large_as_what_the_loops_give():
-    model = tiny_model(residual_streams="hyperloop", **PLAIN_LOOP)
-    model.model.residual_streams.init_weights()
-    model.model.layers[1].register_forward_hook(lambda _, __, output: output / output.abs().amax(-1, keepdim=True))
-    model.model.layers[2].register_forward_hook(lambda _, __, output: output / output.abs().amax(-1, keepdim=True))
+    model = LoopedForCausalLM(tiny_config(residual_streams="hyperloop", **PLAIN_LOOP)).eval()
+    last = model.model.layers[model.config.num_core_layers]  # there is one layer before the core
+    last.register_forward_hook(lambda _, __, output: output / output.abs().amax(-1, keepdim=True))
     states = model(random_tokens(), num_loops=200, output_loop_hidden_states=True).loop_hidden_states
     largest = torch.stack([state.abs().amax() for state in states])
     assert (largest[1:] <= largest[0].clamp_min(1.0) + 1e-4).all()
@@ -204,10 +203,8 @@ def test_hyperloop_loops_beyond_the_table_use_its_last_row():
     changed = model(tokens, num_loops=4, output_loop_hidden_states=True).loop_hidden_states
     assert not torch.allclose(changed[1], states[1])
     again = model(tokens, num_loops=3, initial_state=states[1], output_loop_hidden_states=True).loop_hidden_states
-    model.model.residual_streams.bias[0] = model.model.residual_streams.bias[1]
-    model.model.residual_streams.weight[0] = model.model.residual_streams.weight[1]
-    model.model.residual_streams.gate[0] = model.model.residual_streams.gate[1]
-    model.model.residual_streams.shift[0] = model.model.residual_streams.shift[1]
+    for table in model.model.residual_streams.parameters():
+        table[0] = table[1]
     from_second = model(tokens, num_loops=3, initial_state=states[1], output_loop_hidden_states=True)
     assert not torch.allclose(again[1], states[2])
     for one, other in zip(from_second.loop_hidden_states, states[1:], strict=True):
