@@ -21,6 +21,8 @@ tokens may be too high for many. The one whose mean loss over seeds is lower cou
   `benchmarks/test_time_curve.py`;
 - `once`, on as many tokens.
 
+The presets with `qk_norm` give all of them normalised queries and keys; the stacks are then stock Qwen3s.
+
 --output is written when the rates are chosen, when every seed is trained, at the same FLOPs, and at the end.
 
 Every run is one of `python -m modeling_looped train`, in a folder of its own under --work: the same command goes on

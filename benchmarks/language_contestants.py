@@ -28,7 +28,8 @@ class Preset(NamedTuple):
 
     A wide looped model pays for its width in the embeddings too, which no loop uses again: where `embeddings` is set,
     they are only that wide, and the core alone is as wide as `looped` says. `outer` layers of its kind run once before
-    the core, and as many behind it.
+    the core, and as many behind it. With `qk_norm` all of them normalise the queries and keys of each head: a stack is
+    then a stock Qwen3, which is a Llama that does.
     """
 
     vocabulary: int
@@ -38,6 +39,7 @@ class Preset(NamedTuple):
     loops: int
     embeddings: int | None = None
     outer: int = 0
+    qk_norm: bool = False
 
 
 NARROW = Preset(
@@ -57,12 +59,15 @@ TINY = Preset(
 )
 
 #: 0.43 M, 1.5 M and 2.6 M parameters. Beside the stacks of `tiny` also the published layout, the stack itself with its
-#: middle looped; beside those of `narrow` wide cores of one layer and of two. The `twice` of `tiny` has twice the
-#: layers and no wider MLP, 1.77 times the parameters: the recorded runs are of that.
+#: middle looped; beside those of `narrow` wide cores of one layer and of two; and both sizes with normalised queries
+#: and keys, in the stacks too. The `twice` of `tiny` has twice the layers and no wider MLP, 1.77 times the parameters:
+#: the recorded runs are of that.
 PRESETS = {
     "tiny": TINY,
+    "tiny_qk_norm": TINY._replace(qk_norm=True),
     "tiny_middle": TINY._replace(looped=Shape(layers=1, width=96, intermediate=248, heads=3), outer=1),
     "narrow": NARROW,
+    "narrow_qk_norm": NARROW._replace(qk_norm=True),
     "wide_core": NARROW._replace(
         looped=Shape(layers=1, width=320, intermediate=736, heads=8), embeddings=NARROW.stacked.width
     ),
@@ -95,11 +100,15 @@ def fields_of(name: str, preset: Preset, length: int) -> dict[str, Any]:
         "initializer_range": round(0.02 * math.sqrt(768 / shape.width), 3),
     }
     if name in (EQUAL, TWICE) or (name == ONCE and preset.embeddings is None):
-        layers = shape.layers + (2 * preset.outer if name == ONCE else 0)
-        return {**fields, "model_type": "llama", "num_hidden_layers": layers}
+        fields["num_hidden_layers"] = shape.layers + (2 * preset.outer if name == ONCE else 0)
+        if preset.qk_norm:  # Qwen3's heads are 128 wide, unless it is told
+            return {**fields, "model_type": "qwen3", "head_dim": shape.width // shape.heads}
+        return {**fields, "model_type": "llama"}
     loops = 1 if name == ONCE else preset.loops
     fields |= {"model_type": "looped", "num_loops": loops, "loop_conditioning": {"type": "norms"}}
     fields |= {"num_prelude_layers": preset.outer, "num_core_layers": shape.layers, "num_coda_layers": preset.outer}
+    if preset.qk_norm:
+        fields["qk_norm"] = "per_head"
     if preset.embeddings is not None:
         fields |= {key: fields[key.removeprefix("core_")] for key in CORE_SIZES}
         fields |= {"hidden_size": preset.embeddings, "head_dim": shape.width // shape.heads, "readout": "linear"}

@@ -235,11 +235,14 @@ def test_contestants_of_the_language_benchmark_have_the_sizes_that_it_says(name_
     }
     parameters = {name: count for name, (count, _) in found.items()}
     flops = {name: cost for name, (_, cost) in found.items()}
-    most = 1.01 if name_of_preset == "tiny_middle" else 1  # it loses with more, too
+    # The middle layer loses with more, too; norms per loop of narrower heads make 96 parameters more of 430,944.
+    most = {"tiny_middle": 1.01, "tiny_qk_norm": 1.0003}.get(name_of_preset, 1)
     assert 0.98 * parameters["equal"] < parameters["looped"] <= most * parameters["equal"]
     assert preset.twice.layers == 2 * preset.stacked.layers
     times = 1.77 if name_of_preset.startswith("tiny") else 2
     assert parameters["twice"] == pytest.approx(times * parameters["equal"], rel=5e-3)
+    kinds = {name: language_contestants.fields_of(name, preset, length)["model_type"] for name in ("equal", "twice")}
+    assert set(kinds.values()) == {"qwen3" if preset.qk_norm else "llama"}
     assert found["looped_drawn"] == found["looped"]  # on average, it runs as many loops
     head = 6 * preset.vocabulary * (preset.embeddings or preset.looped.width)
     stored, run = (2 * preset.outer + preset.looped.layers * loops for loops in (1, preset.loops))
