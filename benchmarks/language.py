@@ -23,7 +23,7 @@ tokens may be too high for many. The one whose mean loss over seeds is lower cou
 
 The presets with `qk_norm` give all of them normalised queries and keys; the stacks are then stock Qwen3s.
 
---output is written when the rates are chosen, when every seed is trained, at the same FLOPs, and at the end.
+--output is written whenever a run is finished, for --recorded of a later call, on another machine too.
 
 Every run is one of `python -m modeling_looped train`, in a folder of its own under --work: the same command goes on
 where it was stopped, and reads what is finished.
@@ -40,6 +40,8 @@ import os
 import shlex
 import subprocess
 import sys
+import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -219,13 +221,17 @@ def finish(output: Path, program: list[str]) -> dict[str, Any]:
         return json.loads(record.read_text(encoding="utf-8"))
 
 
-def write(options: argparse.Namespace, tuning: list[Row], groups: dict[str, list[Row]]) -> None:
-    """Write the runs of the stages that are finished, where --output asks for it."""
+def write(
+    options: argparse.Namespace, tuning: list[Row], groups: dict[str, list[Row]], unfinished: Iterable[Row] = ()
+) -> None:
+    """Write the stages that are finished, and the runs so far of one that is not, where --output asks for it."""
     if options.output:
-        found = {
+        found: dict[str, Any] = {
             name: {"share_of_gap": {**shares(rows), "means": share_of_means(rows)}, "runs": rows}
             for name, rows in groups.items()
         }
+        if runs := list(unfinished):
+            found["unfinished"] = {"runs": runs}
         preset = PRESETS[options.preset]._asdict()
         preset |= {name: part._asdict() for name, part in preset.items() if isinstance(part, Shape)}
         write_json(options.output, {**described(options), "preset": preset, "tuning": tuning, **found})
@@ -244,39 +250,44 @@ def main() -> None:
         max_characters=20_000_000,
     )
 
+    tuning: list[Row] = []
+    groups: dict[str, list[Row]] = {}
+    runs, writing = dict(options.known), threading.Lock()
+
+    def finished(job: Job) -> Row:
+        row = train(options, job, tokenizer)
+        with writing:
+            runs[job._replace(tokens=row["tokens"])] = row
+            write(options, tuning, groups, runs.values())
+        return row
+
     def run(jobs: list[Job]) -> list[Row]:
         with ThreadPoolExecutor(options.workers) as pool:
-            return list(pool.map(lambda job: train(options, job, tokenizer), jobs))
+            return list(pool.map(finished, jobs))
 
     names = (LOOPED, TWICE, EQUAL)  # the longest runs first
     first, *others = options.seeds
     tuning = run([Job(name, rate, first, options.tuning_tokens) for name in names for rate in options.rates])
-    write(options, tuning, {})
     tuned = best_rates(tuning)
     to_train = sorted(dict.fromkeys([*tuned.items(), *options.again]), key=lambda pair: names.index(pair[0]))
     trained = run([Job(name, rate, seed, options.tokens) for name, rate in to_train for seed in (first, *others)])
     rates = best_rates(trained)
     same_tokens = [row for row in trained if row["learning_rate"] == rates[row["name"]]]
     behind = [row for row in trained if row not in same_tokens]
-    tried = {"other rates": behind} if behind else {}
-    write(options, tuning, {"same tokens": same_tokens, **tried})
+    groups = {"same tokens": same_tokens, **({"other rates": behind} if behind else {})}
     if options.shares_only:
-        print(table({"same tokens": same_tokens, **tried}))
+        write(options, tuning, groups)
+        print(table(groups))
         return
     per_token = {name: costs(fields_of(name, preset, options.length), options.length)[1] for name in names}
     as_cheap = {name: round(options.tokens * per_token[EQUAL] / per_token[name]) for name in (LOOPED, TWICE)}
     same_flops = run([Job(name, rates[name], first, tokens) for name, tokens in as_cheap.items()])
     same_flops += [row for row in same_tokens if (row["name"], row["seed"]) == (EQUAL, first)]
-    write(options, tuning, {"same tokens": same_tokens, "same FLOPs": same_flops, **tried})
+    groups["same FLOPs"] = same_flops
     drawn, once = run(
         [Job(DRAWN, rates[LOOPED], first, options.tokens // 2), Job(ONCE, rates[EQUAL], first, options.tokens)]
     )
-    groups = {
-        "same tokens": [*same_tokens, once],
-        "same FLOPs": same_flops,
-        "drawn depths": [drawn],
-        **tried,
-    }
+    groups |= {"same tokens": [*same_tokens, once], "drawn depths": [drawn]}
     write(options, tuning, groups)
     print(table(groups))
 

@@ -199,6 +199,19 @@ def test_recorded_runs_of_the_same_contestants_are_not_repeated(tmp_path):
     }
 
 
+def test_a_call_that_was_stopped_left_its_runs(tmp_path, monkeypatch):
+    path = tmp_path / "record.json"
+    words = ["--text", "train.txt", "--eval", "valid.txt", "--bf16", "--output", str(path)]
+    monkeypatch.setattr("sys.argv", ["benchmarks/language.py", *words])
+    options = language.option_parser().parse_args(words)
+    so_far = [row(name, 4.0) | {"tokens": SEEN} for name in ("looped", "twice")]
+    language.write(options, [], {}, so_far)
+    found = language.recorded_runs(path, options, language.option_parser())
+    assert list(found.values()) == so_far
+    language.write(options, so_far, {"same tokens": so_far})
+    assert "unfinished" not in json.loads(path.read_text())
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
