@@ -60,11 +60,11 @@ TINY = Preset(
 
 #: 0.43 M, 1.5 M and 2.6 M parameters. Beside the stacks of `tiny` also the published layout, the stack itself with its
 #: middle looped; beside those of `narrow` wide cores of one layer and of two; and both sizes with normalised queries
-#: and keys, in the stacks too. The `twice` of `tiny` has twice the layers and no wider MLP, 1.77 times the parameters:
-#: the recorded runs are of that.
+#: and keys, in the stacks too. The `twice` of `tiny` and of `tiny_middle` has twice the layers and no wider MLP, 1.77
+#: times the parameters: the recorded runs are of that.
 PRESETS = {
     "tiny": TINY,
-    "tiny_qk_norm": TINY._replace(qk_norm=True),
+    "tiny_qk_norm": TINY._replace(twice=TINY.twice._replace(intermediate=312), qk_norm=True),
     "tiny_middle": TINY._replace(looped=Shape(layers=1, width=96, intermediate=248, heads=3), outer=1),
     "narrow": NARROW,
     "narrow_qk_norm": NARROW._replace(qk_norm=True),
