@@ -252,6 +252,7 @@ def main() -> None:
 
     tuning: list[Row] = []
     groups: dict[str, list[Row]] = {}
+    # Recorded runs are written again: --output may be the very file that they were read from.
     runs, writing = dict(options.known), threading.Lock()
 
     def finished(job: Job) -> Row:
@@ -275,19 +276,16 @@ def main() -> None:
     same_tokens = [row for row in trained if row["learning_rate"] == rates[row["name"]]]
     behind = [row for row in trained if row not in same_tokens]
     groups = {"same tokens": same_tokens, **({"other rates": behind} if behind else {})}
-    if options.shares_only:
-        write(options, tuning, groups)
-        print(table(groups))
-        return
-    per_token = {name: costs(fields_of(name, preset, options.length), options.length)[1] for name in names}
-    as_cheap = {name: round(options.tokens * per_token[EQUAL] / per_token[name]) for name in (LOOPED, TWICE)}
-    same_flops = run([Job(name, rates[name], first, tokens) for name, tokens in as_cheap.items()])
-    same_flops += [row for row in same_tokens if (row["name"], row["seed"]) == (EQUAL, first)]
-    groups["same FLOPs"] = same_flops
-    drawn, once = run(
-        [Job(DRAWN, rates[LOOPED], first, options.tokens // 2), Job(ONCE, rates[EQUAL], first, options.tokens)]
-    )
-    groups |= {"same tokens": [*same_tokens, once], "drawn depths": [drawn]}
+    if not options.shares_only:
+        per_token = {name: costs(fields_of(name, preset, options.length), options.length)[1] for name in names}
+        as_cheap = {name: round(options.tokens * per_token[EQUAL] / per_token[name]) for name in (LOOPED, TWICE)}
+        same_flops = run([Job(name, rates[name], first, tokens) for name, tokens in as_cheap.items()])
+        same_flops += [row for row in same_tokens if (row["name"], row["seed"]) == (EQUAL, first)]
+        groups["same FLOPs"] = same_flops
+        drawn, once = run(
+            [Job(DRAWN, rates[LOOPED], first, options.tokens // 2), Job(ONCE, rates[EQUAL], first, options.tokens)]
+        )
+        groups |= {"same tokens": [*same_tokens, once], "drawn depths": [drawn]}
     write(options, tuning, groups)
     print(table(groups))
 
