@@ -41,7 +41,7 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -52,6 +52,7 @@ from language_table import DRAWN, EQUAL, LOOPED, ONCE, TWICE, Row, best_rates, s
 from small_runs import add_run_options, described, write_json
 
 from modeling_looped.training.data import Source
+from modeling_looped.training.record import RECORD
 from modeling_looped.training.tokenizer import trained_tokenizer
 
 
@@ -148,15 +149,20 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def train(options: argparse.Namespace, job: Job, tokenizer: Path) -> Row:
-    """One run, or the rest of it, or what an earlier call finished; returns its row."""
-    if recorded := options.known.get(job._replace(tokens=job.tokens // options.length * options.length)):
-        return recorded
-    preset = PRESETS[options.preset]
-    output = options.work / f"{job.name}-seed{job.seed}-lr{job.learning_rate:g}-{job.tokens}"
-    fields = fields_of(job.name, preset, options.length)
+def folder_of(options: argparse.Namespace, job: Job) -> Path:
+    """Where a run is."""
+    return options.work / f"{job.name}-seed{job.seed}-lr{job.learning_rate:g}-{job.tokens}"
+
+
+def recorded_row(options: argparse.Namespace, job: Job) -> Row | None:
+    """What --recorded says of a run."""
+    return options.known.get(job._replace(tokens=job.tokens // options.length * options.length))
+
+
+def arguments_of(options: argparse.Namespace, job: Job, tokenizer: Path) -> list[str]:
+    """What the training command is told about a run."""
     settings: dict[str, Any] = {
-        "model": json.dumps(fields),
+        "model": json.dumps(fields_of(job.name, PRESETS[options.preset], options.length)),
         "tokenizer_name_or_path": tokenizer,
         "dataset_name": options.text,
         "eval_datasets": json.dumps({"valid": str(options.eval)}),
@@ -178,7 +184,7 @@ def train(options: argparse.Namespace, job: Job, tokenizer: Path) -> Row:
         "save_total_limit": 1,
         "eval_strategy": "no",
         "report_to": "none",
-        "output_dir": output,
+        "output_dir": folder_of(options, job),
     }
     if options.bf16:
         settings["bf16"] = True
@@ -188,8 +194,47 @@ def train(options: argparse.Namespace, job: Job, tokenizer: Path) -> Row:
     arguments = [part for key, value in settings.items() for part in (f"--{key}", str(value))]
     if job.name in (LOOPED, DRAWN):
         arguments += ["--eval_num_loops", "1", "2", "4", "8", "16"]
+    return arguments
+
+
+#: Says where a run is and not what it is: --work may be moved.
+PLACES = ("--output_dir", "--tokenizer_name_or_path")
+
+
+def by_option(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """The words behind each option, but for places."""
+    found: dict[str, list[str]] = {}
+    values: list[str] = []
+    for word in arguments:
+        if word.startswith("--"):
+            values = found.setdefault(word, [])
+        else:
+            values.append(word)
+    return {name: values for name, values in found.items() if name not in PLACES}
+
+
+def check_same_run(output: Path, arguments: Sequence[str]) -> None:
+    """Raise ValueError if the folder is of a run that was told something else; its name does not say all."""
+    record = output / RECORD
+    if not record.exists():
+        return
+    command = shlex.split(json.loads(record.read_text(encoding="utf-8"))["command"])
+    theirs, ours = by_option(command[command.index("train") + 1 :]), by_option(arguments)
+    if differences := [
+        f"{name} {shlex.join(theirs.get(name, []))!r} there and {shlex.join(ours.get(name, []))!r} here"
+        for name in {**theirs, **ours}
+        if theirs.get(name) != ours.get(name)
+    ]:
+        raise ValueError(f"{output} is of another run: {'; '.join(differences)}. Choose another --work, or remove it.")
+
+
+def train(options: argparse.Namespace, job: Job, tokenizer: Path) -> Row:
+    """One run, or the rest of it, or what an earlier call finished; returns its row."""
+    if recorded := recorded_row(options, job):
+        return recorded
+    output, arguments = folder_of(options, job), arguments_of(options, job, tokenizer)
     found = finish(output, [sys.executable, "-m", "modeling_looped", "train", *arguments])
-    parameters, flops = costs(fields, options.length)
+    parameters, flops = costs(fields_of(job.name, PRESETS[options.preset], options.length), options.length)
     metrics = found["metrics"]
     loops = {name: value for name, value in metrics.items() if "_loops_" in name and name.endswith("_loss")}
     row = {
@@ -210,7 +255,7 @@ def finish(output: Path, program: list[str]) -> dict[str, Any]:
     with Path(f"{output}.lock").open("w") as lock:
         # The program holds the lock too: where this benchmark was killed and its program goes on, we wait for it.
         fcntl.flock(lock, fcntl.LOCK_EX)
-        record = output / "run.json"
+        record = output / RECORD
         if not record.exists() or json.loads(record.read_text(encoding="utf-8"))["status"] != "finished":
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
             done = subprocess.run(
@@ -263,6 +308,9 @@ def main() -> None:
         return row
 
     def run(jobs: list[Job]) -> list[Row]:
+        for job in jobs:  # before any of them is trained
+            if not recorded_row(options, job):
+                check_same_run(folder_of(options, job), arguments_of(options, job, tokenizer))
         with ThreadPoolExecutor(options.workers) as pool:
             return list(pool.map(finished, jobs))
 

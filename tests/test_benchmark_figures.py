@@ -227,6 +227,48 @@ def test_recorded_runs_of_others_are_refused(words, says, tmp_path):
         language.recorded_runs(path, recorded_options(*words), language.option_parser())
 
 
+def folder_of_a_run(work: Path, job: language.Job, *words: str) -> argparse.Namespace:
+    """Options of a call, with the folder of a run that a call with the words `words` began under `work`."""
+    began = recorded_options("--bf16", "--work", str(work), *words)
+    folder = language.folder_of(began, job)
+    folder.mkdir()
+    arguments = language.arguments_of(began, job, work / "tokenizer")
+    command = shlex.join(["python", "-m", "modeling_looped", "train", *arguments])
+    small_runs.write_json(folder / "run.json", {"command": command, "status": "running"})
+    return began
+
+
+@pytest.mark.parametrize("name", language_table.NAMES)
+def test_a_folder_of_the_same_run_is_gone_on_with_wherever_it_was_moved(name, tmp_path):
+    job = language.Job(name, 1e-2, 1, 10**6)
+    (there := tmp_path / "there").mkdir()
+    options = folder_of_a_run(there, job, "--preset", "narrow")
+    here = there.rename(tmp_path / "here")
+    options.work = here
+    folder = language.folder_of(options, job)
+    assert (folder / "run.json").exists()
+    language.check_same_run(folder, language.arguments_of(options, job, here / "tokenizer"))
+    language.check_same_run(tmp_path / "none", [])
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--preset", "tiny_qk_norm"], '--model .*"intermediate_size": 256.* there and .*"intermediate_size": 312.*'),
+        (["--batch", "16"], "--per_device_train_batch_size '32' there and '16' here"),
+        (["--optimizer", "adamw"], "--optim_recipe 'muon' there and 'adamw' here"),
+    ],
+)
+def test_a_folder_of_another_run_is_refused(words, says, tmp_path):
+    job = language.Job("twice", 1e-2, 0, 10**6)
+    folder_of_a_run(tmp_path, job)
+    options = recorded_options("--bf16", "--work", str(tmp_path), *words)
+    with pytest.raises(ValueError, match=f"is of another run: .*{says}.*Choose another --work, or remove it"):
+        language.check_same_run(
+            language.folder_of(options, job), language.arguments_of(options, job, tmp_path / "tokenizer")
+        )
+
+
 RECORDS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("language*.json"))
 
 
