@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from language_table import DRAWN, EQUAL, ONCE, TWICE
-from torch.utils.flop_counter import FlopCounterMode
+from small_runs import training_flops
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -122,7 +122,4 @@ def costs(fields: dict[str, Any], length: int) -> tuple[int, float]:
     kind = CONFIG_MAPPING[fields["model_type"]]
     config = kind(**{name: value for name, value in fields.items() if name != "model_type"})
     model = AutoModelForCausalLM.from_config(config).eval()  # in training it could draw another loop count
-    ids = torch.zeros(1, length, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter:
-        model(ids, labels=ids, use_cache=False).loss.backward()
-    return model.num_parameters(), counter.get_total_flops() / length
+    return model.num_parameters(), training_flops(model, torch.zeros(1, length, dtype=torch.int64)) / length

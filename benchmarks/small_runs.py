@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 #: What one run is told, and what it answers: both JSON.
@@ -149,6 +150,20 @@ def loss_of(model: PreTrainedModel, ids: Tensor, targets: Tensor, **inputs: Any)
     """Mean cross-entropy in nats of the targets [B, S], each predicted at its own position."""
     logits = model(ids, use_cache=False, **inputs).logits
     return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def training_flops(model: PreTrainedModel, ids: Tensor) -> int:
+    """FLOPs of a forward and a backward on token ids [B, S], as torch counts them; gradients are left behind.
+
+    They are counted with attention in plain products, every query against all S keys: torch's counter does not know
+    the fused attention of the CPU, and would leave attention out.
+    """
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter:
+        loss_of(model, ids, ids).backward()
+    model.set_attn_implementation(implementation)
+    return counter.get_total_flops()
 
 
 def finite(value: float) -> float | None:

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch.utils.flop_counter import FlopCounterMode
+from small_runs import training_flops
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from modeling_looped import LoopedConfig, LoopedForCausalLM
@@ -125,10 +125,9 @@ class Contestant:
 
     def flops(self) -> int:
         """FLOPs of forward and backward, as torch counts them on real ones."""
-        with FlopCounterMode(display=False) as counter:
-            self.loss().backward()
+        flops = training_flops(self.model, self.ids)
         self.optimizer.zero_grad()
-        return counter.get_total_flops()
+        return flops
 
 
 def speeds(options: argparse.Namespace, loops: int) -> dict[str, dict[str, float]]:

@@ -328,6 +328,17 @@ def test_training_steps_lower_the_loss_and_stop_at_one_that_is_not_finite():
     assert len(list(small_runs.training_steps(model, lambda step: (ids, ids), steps=8, learning_rate=1e-2))) == 1
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_training_flops_have_those_of_attention(implementation):
+    model = tiny_model()
+    model.set_attn_implementation(implementation)
+    ids = random_tokens(2, 64)
+    counted = small_runs.training_flops(model, ids)
+    assert counted == pytest.approx(ids.numel() * model.training_flops_per_token(sequence_length=64), rel=1e-2)
+    assert counted > 1.05 * ids.numel() * model.training_flops_per_token(sequence_length=1)
+    assert model.config._attn_implementation == implementation
+
+
 def test_files_of_figures_are_json_that_everybody_reads(tmp_path):
     assert small_runs.finite(math.nan) is None
     with pytest.raises(ValueError, match="JSON"):
