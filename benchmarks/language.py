@@ -80,6 +80,15 @@ def name_and_rate(text: str) -> tuple[str, float]:
 OF_A_RUN = ("optimizer", "eval_tokens", "length", "batch", "bf16", "quick")
 
 
+def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
+    """What two runs were told differently, for an error; empty where that is nothing."""
+    return "; ".join(
+        f"{name}={theirs.get(name)!r} there and {ours.get(name)!r} here"
+        for name in {**theirs, **ours}
+        if theirs.get(name) != ours.get(name)
+    )
+
+
 def recorded_runs(path: Path, options: argparse.Namespace, parser: argparse.ArgumentParser) -> dict[Job, Row]:
     """The runs in the --output of an earlier call, of those contestants that have the same config here.
 
@@ -88,12 +97,13 @@ def recorded_runs(path: Path, options: argparse.Namespace, parser: argparse.Argu
     """
     record = json.loads(path.read_text(encoding="utf-8"))
     then = parser.parse_args(shlex.split(record["command"])[2:])
-    settings = [(name, getattr(then, name), getattr(options, name)) for name in OF_A_RUN]
-    settings += [(name, getattr(then, name).name, getattr(options, name).name) for name in ("text", "eval")]
-    if differences := [
-        f"{name}={theirs!r} there and {ours!r} here" for name, theirs, ours in settings if theirs != ours
-    ]:
-        raise ValueError(f"it is of other settings: {'; '.join(differences)}.")
+    told = [
+        {name: getattr(call, name) for name in OF_A_RUN}
+        | {name: getattr(call, name).name for name in ("text", "eval")}
+        for call in (then, options)
+    ]
+    if unlike := differences(*told):
+        raise ValueError(f"it is of other settings: {unlike}.")
     shapes = {name: Shape(**part) if isinstance(part, dict) else part for name, part in record["preset"].items()}
     presets = (Preset(**shapes), PRESETS[options.preset])
     groups = [part["runs"] for part in record.values() if isinstance(part, dict) and "runs" in part]
@@ -201,7 +211,7 @@ def arguments_of(options: argparse.Namespace, job: Job, tokenizer: Path) -> list
 PLACES = ("--output_dir", "--tokenizer_name_or_path")
 
 
-def by_option(arguments: Sequence[str]) -> dict[str, list[str]]:
+def by_option(arguments: Sequence[str]) -> dict[str, str]:
     """The words behind each option, but for places."""
     found: dict[str, list[str]] = {}
     values: list[str] = []
@@ -210,7 +220,7 @@ def by_option(arguments: Sequence[str]) -> dict[str, list[str]]:
             values = found.setdefault(word, [])
         else:
             values.append(word)
-    return {name: values for name, values in found.items() if name not in PLACES}
+    return {name: shlex.join(values) for name, values in found.items() if name not in PLACES}
 
 
 def check_same_run(output: Path, arguments: Sequence[str]) -> None:
@@ -219,13 +229,8 @@ def check_same_run(output: Path, arguments: Sequence[str]) -> None:
     if not record.exists():
         return
     command = shlex.split(json.loads(record.read_text(encoding="utf-8"))["command"])
-    theirs, ours = by_option(command[command.index("train") + 1 :]), by_option(arguments)
-    if differences := [
-        f"{name} {shlex.join(theirs.get(name, []))!r} there and {shlex.join(ours.get(name, []))!r} here"
-        for name in {**theirs, **ours}
-        if theirs.get(name) != ours.get(name)
-    ]:
-        raise ValueError(f"{output} is of another run: {'; '.join(differences)}. Choose another --work, or remove it.")
+    if unlike := differences(by_option(command[command.index("train") + 1 :]), by_option(arguments)):
+        raise ValueError(f"{output} is of another run: {unlike}. Choose another --work, or remove it.")
 
 
 def train(options: argparse.Namespace, job: Job, tokenizer: Path) -> Row:

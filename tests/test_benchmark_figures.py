@@ -254,9 +254,9 @@ def test_a_folder_of_the_same_run_is_gone_on_with_wherever_it_was_moved(name, tm
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--preset", "tiny_qk_norm"], '--model .*"intermediate_size": 256.* there and .*"intermediate_size": 312.*'),
-        (["--batch", "16"], "--per_device_train_batch_size '32' there and '16' here"),
-        (["--optimizer", "adamw"], "--optim_recipe 'muon' there and 'adamw' here"),
+        (["--preset", "tiny_qk_norm"], '--model=.*"intermediate_size": 256.* there and .*"intermediate_size": 312.*'),
+        (["--batch", "16"], "--per_device_train_batch_size='32' there and '16' here"),
+        (["--optimizer", "adamw"], "--optim_recipe='muon' there and 'adamw' here"),
     ],
 )
 def test_a_folder_of_another_run_is_refused(words, says, tmp_path):
