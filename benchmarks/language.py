@@ -255,8 +255,8 @@ def train(options: argparse.Namespace, job: Job, tokenizer: Path) -> Row:
     return row
 
 
-#: glibc returns tensors of 32 MB or more to the system when they are freed, and gets them back page by page; contexts of
-#: 512 have such. Other allocators do not read these, and what the caller has set comes first.
+#: glibc returns tensors of 32 MB or more to the system when they are freed, and gets them back page by page; contexts
+#: of 512 have such. Other allocators do not read these, and what the caller has set comes first.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40)}
 
 
