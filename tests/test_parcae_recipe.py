@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 from helpers import tiny_config, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerControl, TrainerState
 
 from modeling_looped import LoopedForCausalLM
-from modeling_looped.training.optimizer import MuonAdamW, MuonSchedule
+from modeling_looped.training.optimizer import Fp32Products, MuonAdamW, MuonSchedule
 from modeling_looped.training.parameters import classify, parameter_groups
 from modeling_looped.training.pretraining import PretrainingConfig
 
@@ -116,6 +117,50 @@ def test_muon_steps_as_far_as_its_scale_says():
     # Newton-Schulz leaves singular values between about 0.7 and 1.2
     singular = torch.linalg.svdvals(weight.detach()) / (0.01 * math.sqrt(64 / 16))
     assert 0.6 < singular.min() <= singular.max() < 1.3
+
+
+class ProductTypes(TorchDispatchMode):
+    """Notes the type of every product of matrices."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.seen.add(args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(64, 16), (16, 64)])
+def test_muon_multiplies_in_float32_where_the_cpu_has_no_bf16_products(monkeypatch, shape):
+    gradient, stepped = torch.randn(*shape, generator=torch.Generator().manual_seed(0)), []
+    for capability, kind in (("AVX512", torch.bfloat16), ("AVX2", torch.float32)):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda found=capability: found)
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        weight.grad = gradient.clone()
+        group = {"name": "matrix", "params": [weight], "lr": 1.0, "weight_decay": 0.0, "algorithm": "muon"}
+        optimizer = MuonAdamW([group])
+        with ProductTypes() as products:
+            optimizer.step()
+        assert products.seen == {kind}
+        stepped.append(weight.detach())
+    difference = torch.linalg.norm(stepped[0] - stepped[1]) / torch.linalg.norm(stepped[0])
+    assert difference < 0.01  # bfloat16 has 8 bits
+
+
+def test_float32_products_change_nothing_but_bf16_on_the_cpu():
+    numbers = torch.Generator().manual_seed(0)
+    a, b, c = (torch.randn(24, 24, generator=numbers) for _ in range(3))
+    half, other, added = (x.bfloat16() for x in (a, b, c))
+    with Fp32Products():
+        wide = a @ b
+        found = [half @ other, torch.mm(half, other), torch.addmm(added, half, other, beta=0.5, alpha=2.0)]
+    assert torch.equal(wide, a @ b)
+    product = half.float() @ other.float()
+    expected = [product, product, torch.addmm(added.float(), half.float(), other.float(), beta=0.5, alpha=2.0)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs.bfloat16())
 
 
 def test_muons_decay_and_momentum_follow_the_step(tmp_path):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .arguments import RecipeArguments
@@ -14,6 +16,35 @@ from .parameters import parameter_groups
 
 #: Where Muon's momentum starts when it warms up.
 FIRST_MOMENTUM = 0.85
+
+
+#: Of `torch.backends.cpu.get_cpu_capability()`: CPUs on which PyTorch multiplies bfloat16 one number after another.
+WITHOUT_BF16_PRODUCTS = ("DEFAULT", "NO AVX", "AVX2")
+
+
+class Fp32Products(TorchFunctionMode):
+    """While it is entered, products of bfloat16 matrices on the CPU are computed in float32, and the result rounded.
+
+    Muon's Newton-Schulz iteration is in bfloat16 and has no option for another type; where the CPU has no such
+    products, it takes seconds for the matrices of even a small language model. Elsewhere products add up in float32
+    too, so that only the order of the sums differs. Nothing is changed for other devices and types.
+    """
+
+    PRODUCTS = frozenset({torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul, torch.mm, torch.addmm})
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        tensors = [value for value in args if isinstance(value, torch.Tensor)]
+        if func in self.PRODUCTS and all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors):
+            widened = [value.float() if isinstance(value, torch.Tensor) else value for value in args]
+            return func(*widened, **kwargs).to(torch.bfloat16)
+        return func(*args, **kwargs)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -54,6 +85,8 @@ class MuonAdamW(torch.optim.Optimizer):
             )
         if by_algorithm["adamw"]:
             self._optimizers["adamw"] = torch.optim.AdamW(by_algorithm["adamw"], betas=betas, eps=eps, fused=True)
+        slow = torch.backends.cpu.get_cpu_capability() in WITHOUT_BF16_PRODUCTS
+        self._products = Fp32Products() if slow else contextlib.nullcontext()
         # made by the two, the groups carry all of their options
         filled = {group["name"]: group for inner in self._optimizers.values() for group in inner.param_groups}
         super().__init__([filled[group["name"]] for group in groups], {})
@@ -68,7 +101,8 @@ class MuonAdamW(torch.optim.Optimizer):
         for algorithm, inner in self._optimizers.items():
             inner.param_groups = [group for group in self.param_groups if group["algorithm"] == algorithm]
             inner.state = self.state
-            inner.step()
+            with self._products:
+                inner.step()
         return loss
 
 
