@@ -76,8 +76,9 @@ def name_and_rate(text: str) -> tuple[str, float]:
     raise argparse.ArgumentTypeError(f"{text!r} must end in a learning rate above 0, as in {name}=1e-2")
 
 
-#: Options that decide what a run is, beside its contestant, rate, seed and tokens.
-OF_A_RUN = ("optimizer", "eval_tokens", "length", "batch", "bf16", "quick")
+#: Options that decide what a run is, beside its contestant, rate, seed and tokens. The precision is not one of them:
+#: a machine that multiplies no bf16 can go on with what another began, and every row says what its own was.
+OF_A_RUN = ("optimizer", "eval_tokens", "length", "batch", "quick")
 
 
 def differences(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
@@ -111,7 +112,7 @@ def recorded_runs(path: Path, options: argparse.Namespace, parser: argparse.Argu
     for row in (row for group in (record["tuning"], *groups) for row in group):
         theirs, ours = (fields_of(row["name"], preset, options.length) for preset in presets)
         if theirs == ours:
-            found[Job(*(row[field] for field in Job._fields))] = row
+            found[Job(*(row[field] for field in Job._fields))] = {"bf16": then.bf16} | row
     if not found:
         raise ValueError(f"none of its contestants is one of --preset {options.preset}.")
     return found
@@ -135,7 +136,8 @@ def option_parser() -> argparse.ArgumentParser:
     add("--length", type=int, default=128, help="tokens of a block (%(default)s)")
     add("--batch", type=int, default=32, help="blocks per step (%(default)s)")
     add("--bf16", action="store_true", help="mixed precision, faster where the machine multiplies bf16")
-    add("--recorded", type=Path, metavar="FILE", help="an earlier --output, whose runs are not to be repeated")
+    recorded = "an earlier --output, whose runs, of either precision, are not to be repeated"
+    add("--recorded", type=Path, metavar="FILE", help=recorded)
     add("--shares-only", action="store_true", help="end when every seed has trained the first three")
     add_run_options(parser, "build/language")
     return parser
@@ -249,6 +251,7 @@ def train(options: argparse.Namespace, job: Job, tokenizer: Path) -> Row:
         "tokens": found["tokens_seen"],
         "flops": flops * found["tokens_seen"],
         "tokens_per_second": found["tokens_per_second"],
+        "bf16": options.bf16,
         **({"loss_by_loops": loops} if loops else {}),
     }
     print(f"{output.name}: {row['loss']:.4f} nats per token", file=sys.stderr)

@@ -199,6 +199,16 @@ def test_recorded_runs_of_the_same_contestants_are_not_repeated(tmp_path):
     }
 
 
+def test_recorded_runs_of_the_other_precision_stand_and_say_so(tmp_path):
+    path = recording(tmp_path, "--bf16")
+    record = json.loads(path.read_text())
+    record["same tokens"]["runs"] += [row("equal", 4.1, seed=1) | {"tokens": SEEN, "bf16": False}]
+    small_runs.write_json(path, record)
+    found = language.recorded_runs(path, recorded_options("--preset", "narrow"), language.option_parser())
+    said = {(job.name, job.seed): run["bf16"] for job, run in found.items()}
+    assert said == {("equal", 0): True, ("looped", 0): True, ("twice", 0): True, ("equal", 1): False}
+
+
 def test_a_call_that_was_stopped_left_its_runs(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
     words = ["--text", "train.txt", "--eval", "valid.txt", "--bf16", "--output", str(path)]
@@ -207,7 +217,7 @@ def test_a_call_that_was_stopped_left_its_runs(tmp_path, monkeypatch):
     so_far = [row(name, 4.0) | {"tokens": SEEN} for name in ("looped", "twice")]
     language.write(options, [], {}, so_far)
     found = language.recorded_runs(path, options, language.option_parser())
-    assert list(found.values()) == so_far
+    assert list(found.values()) == [run | {"bf16": True} for run in so_far]
     language.write(options, so_far, {"same tokens": so_far})
     assert "unfinished" not in json.loads(path.read_text())
 
@@ -216,7 +226,7 @@ def test_a_call_that_was_stopped_left_its_runs(tmp_path, monkeypatch):
     ("words", "says"),
     [
         (["--preset", "tiny"], "none of its contestants is one of --preset tiny"),
-        (["--preset", "narrow", "--bf16"], "other settings: bf16=False there and True here"),
+        (["--preset", "narrow", "--optimizer", "adamw"], "other settings: optimizer='muon' there and 'adamw' here"),
         (["--preset", "narrow", "--length", "64"], "length=128 there and 64 here"),
         (["--preset", "narrow", "--eval", "other.txt"], "eval='valid.txt' there and 'other.txt' here"),
     ],
@@ -278,7 +288,8 @@ def test_the_figures_in_the_repository_need_no_repeating(path):
     parser = language.option_parser()
     options = parser.parse_args(shlex.split(record["command"])[2:])
     found = language.recorded_runs(path, options, parser).values()
-    assert all(run in found for run in (*record["tuning"], *record["same tokens"]["runs"]))
+    runs = (*record["tuning"], *record["same tokens"]["runs"])
+    assert all({"bf16": options.bf16} | run in found for run in runs)
 
 
 @pytest.mark.parametrize("name_of_preset", language_contestants.PRESETS)
