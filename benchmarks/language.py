@@ -136,8 +136,8 @@ def option_parser() -> argparse.ArgumentParser:
     add("--length", type=int, default=128, help="tokens of a block (%(default)s)")
     add("--batch", type=int, default=32, help="blocks per step (%(default)s)")
     add("--bf16", action="store_true", help="mixed precision, faster where the machine multiplies bf16")
-    recorded = "an earlier --output, whose runs, of either precision, are not to be repeated"
-    add("--recorded", type=Path, metavar="FILE", help=recorded)
+    recorded = "earlier --outputs, whose runs, of either precision, are not to be repeated"
+    add("--recorded", type=Path, nargs="+", default=[], metavar="FILE", help=recorded)
     add("--shares-only", action="store_true", help="end when every seed has trained the first three")
     add_run_options(parser, "build/language")
     return parser
@@ -148,11 +148,11 @@ def parse() -> argparse.Namespace:
     parser = option_parser()
     options = parser.parse_args()
     options.known = {}
-    if options.recorded:
+    for path in options.recorded:
         try:
-            options.known = recorded_runs(options.recorded, options, parser)
+            options.known |= recorded_runs(path, options, parser)
         except (OSError, KeyError, TypeError, ValueError) as error:
-            parser.error(f"--recorded {options.recorded}: {error}")
+            parser.error(f"--recorded {path}: {error}")
     if options.quick:
         options.tokens, options.tuning_tokens, options.rates, options.seeds = 16_384, 8_192, [1e-3], [0]
         options.length, options.batch, options.eval_tokens = 64, 8, 4_096

@@ -209,6 +209,22 @@ def test_recorded_runs_of_the_other_precision_stand_and_say_so(tmp_path):
     assert said == {("equal", 0): True, ("looped", 0): True, ("twice", 0): True, ("equal", 1): False}
 
 
+def test_several_calls_can_be_gone_on_with(tmp_path, monkeypatch, capsys):
+    first = recording(tmp_path)
+    record = json.loads(first.read_text())
+    record["same tokens"]["runs"] = [row("equal", 4.1, seed=1) | {"tokens": SEEN}]
+    small_runs.write_json(second := tmp_path / "second.json", record)
+    words = ["language.py", "--text", "a/train.txt", "--eval", "valid.txt", "--preset", "narrow", "--recorded"]
+    monkeypatch.setattr("sys.argv", [*words, str(first), str(second)])
+    known = language.parse().known
+    assert {(job.name, job.seed) for job in known} == {("equal", 0), ("looped", 0), ("twice", 0), ("equal", 1)}
+    monkeypatch.setattr("sys.argv", [*words, str(first), str(tmp_path / "none.json")])
+    with pytest.raises(SystemExit):
+        language.parse()
+    assert "--recorded" in (said := capsys.readouterr().err)
+    assert "none.json: [Errno 2]" in said
+
+
 def test_a_call_that_was_stopped_left_its_runs(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
     words = ["--text", "train.txt", "--eval", "valid.txt", "--bf16", "--output", str(path)]
