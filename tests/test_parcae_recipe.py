@@ -154,9 +154,12 @@ def test_float32_products_change_nothing_but_bf16_on_the_cpu():
     a, b, c = (torch.randn(24, 24, generator=numbers) for _ in range(3))
     half, other, added = (x.bfloat16() for x in (a, b, c))
     with Fp32Products():
-        wide = a @ b
+        wide, named = a @ b, torch.mm(input=a, mat2=b)
+        torch.mm(half, other, out=(written := torch.empty_like(half)))
         found = [half @ other, torch.mm(half, other), torch.addmm(added, half, other, beta=0.5, alpha=2.0)]
     assert torch.equal(wide, a @ b)
+    assert torch.equal(named, a @ b)
+    assert torch.equal(written, torch.mm(half, other))
     product = half.float() @ other.float()
     expected = [product, product, torch.addmm(added.float(), half.float(), other.float(), beta=0.5, alpha=2.0)]
     for ours, theirs in zip(found, expected, strict=True):

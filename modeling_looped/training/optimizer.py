@@ -18,16 +18,16 @@ from .parameters import parameter_groups
 FIRST_MOMENTUM = 0.85
 
 
-#: Of `torch.backends.cpu.get_cpu_capability()`: CPUs on which PyTorch multiplies bfloat16 one number after another.
+#: Of `torch.backends.cpu.get_cpu_capability()`: CPUs on which PyTorch has no fast products of bfloat16.
 WITHOUT_BF16_PRODUCTS = ("DEFAULT", "NO AVX", "AVX2")
 
 
 class Fp32Products(TorchFunctionMode):
     """While it is entered, products of bfloat16 matrices on the CPU are computed in float32, and the result rounded.
 
-    Muon's Newton-Schulz iteration is in bfloat16 and has no option for another type; where the CPU has no such
-    products, it takes seconds for the matrices of even a small language model. Elsewhere products add up in float32
-    too, so that only the order of the sums differs. Nothing is changed for other devices and types.
+    Muon's Newton-Schulz iteration is in bfloat16, with no option for another type, and a CPU without such products is
+    slower at it than in float32. Elsewhere products add up in float32 too, so that only the order of the sums differs.
+    Nothing is changed for other devices and types, nor where tensors are given by name (`out` is written in place).
     """
 
     PRODUCTS = frozenset({torch.Tensor.matmul, torch.Tensor.__matmul__, torch.matmul, torch.mm, torch.addmm})
@@ -40,11 +40,13 @@ class Fp32Products(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        tensors = [value for value in args if isinstance(value, torch.Tensor)]
-        if func in self.PRODUCTS and all(t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in tensors):
-            widened = [value.float() if isinstance(value, torch.Tensor) else value for value in args]
-            return func(*widened, **kwargs).to(torch.bfloat16)
-        return func(*args, **kwargs)
+        if func not in self.PRODUCTS:
+            return func(*args, **kwargs)
+        named = any(isinstance(value, torch.Tensor) for value in kwargs.values())
+        ours = all(isinstance(t, torch.Tensor) and t.dtype == torch.bfloat16 and t.device.type == "cpu" for t in args)
+        if named or not ours:
+            return func(*args, **kwargs)
+        return func(*(t.float() for t in args), **kwargs).to(torch.bfloat16)
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -52,7 +54,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Schedulers, accelerate and checkpoints see one optimiser with one list of groups and one state dict; a group's
     `algorithm` says who steps it. The two optimisers hold nothing of their own, so that loading a state dict, which
-    replaces groups and state, needs nothing besides.
+    replaces groups and state, needs nothing besides. On a CPU without bfloat16 products Muon's are `Fp32Products`.
 
     Args:
         groups: as `parameter_groups` makes them; `algorithm` is `muon` or `adamw`.
