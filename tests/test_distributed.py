@@ -9,6 +9,8 @@ from functools import partial
 import pytest
 import torch
 from distributed.gradients import CASES
+from distributed.guard import SPIKE
+from distributed.guard import STEPS as STEPS_OF_GUARD
 from distributed.launch import launch
 from distributed.trainer import BATCH, OPTIMISER, STEPS, WAYS
 from helpers import assert_close, random_tokens, tiny_model
@@ -120,3 +122,14 @@ def test_the_trainer_in_two_processes_equals_one(trained, way):
     for name, tensor in weights(trained["single"]).items():
         assert not torch.equal(tensor, start[name]), name
         assert_close(saved[name], tensor, atol=1e-5)
+
+
+def test_processes_agree_on_a_spike_that_one_of_them_sees(tmp_path):
+    """Else one would save while the other goes on, and both would wait for ever."""
+    launch("guard.py", tmp_path)
+    first, second = (json.loads((tmp_path / f"guard-{rank}.json").read_text()) for rank in (0, 1))
+    assert first == second
+    assert first["spikes"] == [int(step == SPIKE) for step in range(1, STEPS_OF_GUARD + 1)]
+    assert first["losses"][-1] == pytest.approx(4.6, rel=0.2)  # of all tokens: the log of 100 of them, or less
+    saved = {int(path.name.split("-")[1]) for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert saved == set(range(1, STEPS_OF_GUARD + 1)) - {SPIKE}

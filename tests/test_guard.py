@@ -143,6 +143,62 @@ def test_a_checkpoint_of_damaged_weights_is_never_written(tmp_path):
         assert caught.value.checkpoint == str(folder / "checkpoint-2")
 
 
+def test_an_update_that_destroys_the_model_is_not_saved_though_every_number_is_finite(tmp_path):
+    class Scramble(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if state.global_step + 1 == 2:
+                with torch.no_grad():
+                    model.lm_head.weight.mul_(-200.0)
+
+    trainer = trainer_of(
+        small_model(), tmp_path, Scramble(), ExplosionGuardCallback(), save_strategy="steps", save_steps=2
+    )
+    with pytest.raises(ExplosionError, match=r"step 2: after the update .* loss of the last batch, in evaluation, is"):
+        trainer.train()
+    assert not saved(tmp_path)
+
+
+@pytest.mark.parametrize("tokens_of", ["one process", "eight processes"])
+@pytest.mark.parametrize("loss", ["output", "exit_gate"])
+def test_checkpoints_of_sound_runs_are_written_whatever_the_scale_of_their_training_loss(tokens_of, loss, tmp_path):
+    """A process that divides by the tokens of all eight has an eighth of the loss; a gate's is a binary one."""
+
+    class Share(Trainer):
+        def get_batch_samples(self, *args, **kwargs):
+            samples, items = super().get_batch_samples(*args, **kwargs)
+            return samples, items * 8 if tokens_of == "eight processes" else items
+
+    model = small_model(**({"halting": "gate", "loop_loss": "exit_gate"} if loss == "exit_gate" else {}))
+    if loss == "exit_gate":
+        model.requires_grad_(False)
+        model.model.halting.requires_grad_(True)
+    trainer = Share(
+        model,
+        run_arguments(tmp_path, max_steps=12, save_strategy="steps", save_steps=6, learning_rate=1e-3),
+        train_dataset=sentence_dataset(),
+        data_collator=DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False),
+        callbacks=[ExplosionGuardCallback(spike_window=4)],
+    )
+    trainer.train()
+    assert saved(tmp_path) == {"checkpoint-6", "checkpoint-12"}
+
+
+def test_a_micro_batch_without_targets_is_no_explosion(tmp_path):
+    """It adds nothing to the loss of its step, and has none in evaluation."""
+
+    def without_targets(rows):
+        batch = DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False)(rows)
+        return {**batch, "labels": torch.full_like(batch["labels"], -100)}
+
+    arguments = {"save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2}
+    trainer = trainer_of(small_model(), tmp_path, ExplosionGuardCallback(), **arguments)
+    mixed = [trainer.data_collator, without_targets]
+    calls = iter(range(100))
+    trainer.data_collator = lambda rows: mixed[next(calls) % 2](rows)
+    trainer.train()
+    assert saved(tmp_path) == {"checkpoint-3", "checkpoint-6"}
+
+
 def test_only_spikes_in_a_row_stop_a_run_and_none_is_saved(tmp_path):
     def shuffle(model) -> None:
         model.lm_head.weight.mul_(-40.0)

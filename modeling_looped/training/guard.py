@@ -70,8 +70,10 @@ class ExplosionGuardCallback(TrainerCallback):
     - Loss, before the optimiser's step: finite, and no spike, that is, at most `spike_factor` times the median of the
       last `spike_window` losses; `spike_patience` spikes in a row stop the run.
     - Gradients, before every step of the optimiser: all finite.
-    - Weights, before every checkpoint: finite; and on the batch seen last, in evaluation, states and loss pass as
-      above.
+    - Weights, before every checkpoint: finite; and on the batch seen last, in evaluation, states pass as above, and
+      the loss is at most `spike_factor` times the largest of such losses before, of which the first is of the weights
+      that the run began with. (Losses in training are no measure for it: they may be of other loops and have other
+      scales.)
 
     It raises, instead of asking the `Trainer` to stop: a `Trainer` that is asked takes the optimiser's step all the
     same, may save at the end of that step, and returns as if all were well. An exception in front of the step leaves
@@ -79,12 +81,13 @@ class ExplosionGuardCallback(TrainerCallback):
     raise together. No checkpoint is written without having passed, so that the last one is good, whichever older ones
     `save_total_limit` has deleted; while the loss spikes none is written.
 
-    The loss is the model's own (`outputs.loss`, summed over the micro-batches of a step). Where a trainer computes it
+    The loss is the model's own (`outputs.loss`, summed over the micro-batches of a step and, for tokens counted over
+    all processes, over these; else their mean). Where a trainer computes it
     outside of the model (`DistillationTrainer`), the losses that it logs are checked instead. Gradients of float16
     training are left to its scaler, which skips steps of infinite ones.
 
     A step that is checked costs the largest norm of every state, once per loop, the norm of the gradients, and one
-    wait for the device; a checkpoint one forward. Where the whole model is compiled, states and the model's own loss
+    wait for the device; a checkpoint one forward, and so does the first step. Where the whole model is compiled, states and the model's own loss
     cannot be seen (a hook would be compiled into the graphs, or ignored): gradients, weights and the logged loss are
     checked, and a warning says so. `trainer.save_model()` is the caller's own and is not checked.
 
@@ -129,6 +132,8 @@ class ExplosionGuardCallback(TrainerCallback):
         self._loss: Tensor | None = None
         self._knows_loss = False
         self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._worst_evaluation: float | None = None
+        self._has_evaluated = False
         self._compiled = False
 
     def on_train_begin(
@@ -138,6 +143,7 @@ class ExplosionGuardCallback(TrainerCallback):
         self._models = looped_models(kwargs["model"])
         self._compiled = is_compiled_whole(args, kwargs["model"])
         self._inputs, self._knows_loss, self.spikes = None, False, 0
+        self._worst_evaluation, self._has_evaluated = None, False
         self.losses.clear()
         # what the run goes on from
         self._saved = [self._folder(args, state)] if state.global_step else []
@@ -167,12 +173,14 @@ class ExplosionGuardCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._stop_watching()
-        finding = self._finding_of_states() or self._finding_of_loss()
+        finding = self._finding_of_states() or self._finding_of_loss(args)
         if finding is None and getattr(kwargs.get("optimizer"), "scaler", None) is None:
             norm = norm_of(p.grad for p in kwargs["model"].parameters() if p.grad is not None)
             if not math.isfinite(norm):
                 finding = Finding(f"the norm of the gradients is {norm}", None, norm, math.inf)
         self._raise_on_all(finding, state.global_step + 1, args)
+        if self._inputs is not None and not self._has_evaluated:  # what later checkpoints are compared with
+            self._raise_on_all(self._finding_of_forward(kwargs["model"]), state.global_step + 1, args)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -231,7 +239,9 @@ class ExplosionGuardCallback(TrainerCallback):
         loss = getattr(outputs, "loss", None)
         if isinstance(loss, Tensor):
             self._knows_loss = True
-            self._loss = loss.detach().float() if self._loss is None else self._loss + loss.detach().float()
+            # a copy: the Trainer multiplies the loss by the number of processes, in place
+            loss = loss.detach().to(torch.float32, copy=True)
+            self._loss = loss if self._loss is None else self._loss + loss
 
     def _finding_of_states(self) -> Finding | None:
         """The first loop whose states are not as they should be."""
@@ -248,8 +258,18 @@ class ExplosionGuardCallback(TrainerCallback):
             return Finding(what, place.loop, value, self.max_state_norm)
         return None
 
-    def _finding_of_loss(self) -> Finding | None:
-        return None if self._loss is None else self._judged(self._loss.item())
+    def _finding_of_loss(self, args: TrainingArguments) -> Finding | None:
+        """What is wrong with the loss of this step: of all processes, so that all of them decide alike."""
+        if self._loss is None:
+            return None
+        loss = self._loss.to(args.device)
+        if is_distributed():
+            dist.all_reduce(loss)
+            _, inputs = self._inputs or ((), {})
+            # a process that divides by the tokens of all has a part of their mean, any other a mean of its own
+            if not args.average_tokens_across_devices or inputs.get("num_items_in_batch") is None:
+                loss = loss / dist.get_world_size()
+        return self._judged(loss.item())
 
     def _judged(self, loss: float) -> Finding | None:
         """What is wrong with the loss of a step, if it is; it joins those whose median counts otherwise."""
@@ -299,6 +319,7 @@ class ExplosionGuardCallback(TrainerCallback):
             finding = Finding(f"after this step the norm of the weights is {norm}", None, norm, math.inf)
         elif self._inputs is not None:
             finding = self._finding_of_forward(model)
+            finding = finding and finding._replace(what=f"after the update of this step, {finding.what}")
         self._raise_on_all(finding, state.global_step, args)
 
     def _finding_of_forward(self, model: nn.Module) -> Finding | None:
@@ -313,16 +334,26 @@ class ExplosionGuardCallback(TrainerCallback):
         finally:
             for hook in hooks:
                 hook.remove()
+        self._has_evaluated = True
         finding = self._finding_of_states()
-        if finding is None and isinstance(loss, Tensor) and not loss.item() <= self._limit():
-            value, limit = loss.item(), self._limit()
-            finding = Finding(f"the loss of the last batch is {value:g}, of at most {limit:g}", None, value, limit)
-        return finding and finding._replace(what=f"after the update of this step, {finding.what}")
+        if finding is None and isinstance(loss, Tensor) and has_targets(kwargs.get("labels")):
+            finding = self._compared(loss.item())
+        return finding
+
+    def _compared(self, loss: float) -> Finding | None:
+        """What is wrong with the loss of an evaluation, if it is; it joins those that later ones are compared with."""
+        worst, factor = self._worst_evaluation, self.spike_factor
+        limit = math.inf if worst is None or factor is None else factor * worst
+        if not math.isfinite(loss) or loss > limit:
+            what = f"the loss of the last batch, in evaluation, is {loss:g}, of at most {limit:g}"
+            return Finding(what, None, loss, limit)
+        self._worst_evaluation = loss if worst is None else max(worst, loss)
+        return None
 
     def _raise_on_all(self, finding: Finding | None, step: int, args: TrainingArguments) -> None:
         """Raise on every process if one of them found something."""
         found = finding is not None
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        if is_distributed():
             flag = torch.tensor(int(found), device=args.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             if flag.item() and finding is None:
@@ -334,6 +365,18 @@ class ExplosionGuardCallback(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+
+
+def is_distributed() -> bool:
+    """Whether other processes train with this one."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def has_targets(labels: Any) -> bool:
+    """Whether a loss has something to be the mean of; the first position of a sequence is nobody's next token."""
+    if not isinstance(labels, Tensor):
+        return True
+    return bool((labels[:, 1:] if labels.dim() > 1 else labels).ne(-100).any())
 
 
 def norm_of(tensors: Any) -> float:
