@@ -91,6 +91,19 @@ def test_values_equal_those_of_a_hand_written_step(tmp_path):
     assert logged["loop/tokens_per_second"] > 0
 
 
+def test_gradients_of_a_scaled_loss_are_unscaled(tmp_path):
+    """With the scaler of float16 training; in fp32, which a CPU has."""
+    logged = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**16)):
+        trainer = trainer_of(small_model(), tmp_path / str(len(logged)), max_steps=1, max_grad_norm=0.0)
+        trainer.accelerator.scaler = scaler
+        LoopTelemetryCallback().attach(trainer)
+        trainer.train()
+        logged.append(entries(trainer, "loop/gradient_norm")[0])
+    assert logged[1] == pytest.approx(logged[0], rel=1e-5)
+    assert len(logged[0]) == 3
+
+
 def test_losses_are_bit_equal_with_and_without_it(tmp_path):
     """With sampled depths, dropout, truncated and checkpointed backpropagation and accumulated gradients."""
     sampling = {"type": "uniform", "min_loops": 1, "max_loops": 4, "granularity": "sequence"}

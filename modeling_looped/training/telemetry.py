@@ -148,9 +148,7 @@ class LoopTelemetryCallback(TrainerCallback):
         if not self._hooks:
             return
         self._stop_watching()
-        scaler = getattr(
-            kwargs.get("optimizer"), "scaler", None
-        )  # of float16, whose gradients are too large by a factor
+        scaler = getattr(optimizer, "scaler", None)  # of float16, whose gradients are too large by a factor
         scale = 1.0 if scaler is None else scaler.get_scale()
         for key, squares in self._squares.items():
             self._values[key].append(squares.sqrt() / scale)
