@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -218,6 +219,20 @@ def test_every_form_of_text_gives_the_same_blocks_streamed_or_not(place):
     assert packed_blocks(Source(str(place / "train.parquet")), tokenizer, 16).fingerprint == blocks.fingerprint
     assert packed_blocks(Source(str(place / "train.jsonl"), seed=1), tokenizer, 16).fingerprint != blocks.fingerprint
     stream = PackedStream(Source(str(place / "train.jsonl"), streaming=True), tokenizer, 16)
-    streamed = np.stack([row["input_ids"].numpy() for row in stream])
+    streamed = np.stack([row["input_ids"].numpy() for row in islice(stream, len(blocks))])
     assert np.array_equal(streamed, blocks.blocks)
     assert len(packed_blocks(Source(str(place / "valid.txt")), tokenizer, 16)) > 1
+
+
+def test_a_stream_begins_again_in_another_order_and_leaves_nothing_out(tmp_path):
+    tokenizer = tiny_tokenizer()
+    documents = ["the cat sat", "on the mat", "and then", "the other cat sat there too"]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    size = sum(len(tokenizer(text)["input_ids"]) + 1 for text in documents)
+    stream = PackedStream(Source(str(tmp_path / "text.jsonl"), streaming=True, seed=3), tokenizer, 8)
+    tokens = np.concatenate([row["input_ids"].numpy() for row in islice(stream, 4 * size // 8)])
+    passes = [tokenizer.decode(tokens[i * size : (i + 1) * size]).split(tokenizer.eos_token) for i in range(4)]
+    assert all(sorted(found) == sorted([*documents, ""]) for found in passes)
+    assert any(found != passes[0] for found in passes)
+    (tmp_path / "empty.jsonl").write_text(json.dumps({"text": " "}) + "\n")
+    assert not list(PackedStream(Source(str(tmp_path / "empty.jsonl"), streaming=True), tokenizer, 8))

@@ -131,11 +131,53 @@ def test_the_folder_loads_alone_in_a_new_process(finished, tmp_path):
     assert json.loads(result.stdout) == model.generate(**ids, max_new_tokens=4, do_sample=False)[0].tolist()
 
 
-def test_the_same_command_again_changes_nothing(place, finished):
-    before = load_file(finished / "model.safetensors")
-    assert train(place, finished) == 0
-    after = load_file(finished / "model.safetensors")
-    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+@pytest.mark.parametrize("more", [[], ["--max_steps", "7"], ["--dataset_streaming", "true"]], ids=" ".join)
+def test_the_same_command_again_changes_nothing(more, place, tmp_path):
+    """A rate that does not end at 0 would show another step in the weights."""
+    recipe = yaml.safe_load((place / "recipe.yaml").read_text())
+    del recipe["cooldown_steps"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "lr_scheduler_type": "constant"}))
+    assert train(tmp_path, tmp_path, *more) == 0
+    weights, record = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "run.json").read_text())
+    assert record["metrics"]["train_loss"] > 0
+    assert train(tmp_path, tmp_path, *more) == 0
+    after, again = load_file(tmp_path / "model.safetensors"), json.loads((tmp_path / "run.json").read_text())
+    assert all(torch.equal(tensor, after[name]) for name, tensor in weights.items())
+    times = {"finished": None, "metrics": {**record["metrics"], **timings(again["metrics"])}}
+    assert {**again, "finished": None} == {**record, **times}
+    assert len(list(tmp_path.glob("checkpoint-*"))) == -(-record["steps"] // 4)
+
+
+def timings(metrics: dict) -> dict:
+    """Those that say how fast something was evaluated."""
+    return {name: value for name, value in metrics.items() if name.endswith(("_runtime", "_per_second"))}
+
+
+def test_a_stream_that_begins_again_goes_on_bit_exactly(place, tmp_path):
+    lines = (place / "train.jsonl").read_text().splitlines(keepends=True)[:10]
+    (tmp_path / "short.jsonl").write_text("".join(lines))
+    assert sum(len(json.loads(line)["text"].encode()) + 1 for line in lines) < 20 * 64  # the steps before the kill
+    more = [
+        "--dataset_name",
+        str(tmp_path / "short.jsonl"),
+        "--dataset_streaming",
+        "true",
+        "--max_train_tokens",
+        "2048",
+    ]
+    assert train(place, tmp_path / "straight", *more) == 0
+    killed(lambda: train(place, tmp_path / "killed", *more), "step 26/", 0.0)
+    assert train(place, tmp_path / "killed", *more) == 0
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("straight", "killed")]
+    assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
+
+
+def test_a_finished_model_is_not_written_over_by_another_run(place, tmp_path, capsys):
+    more = ["--save_strategy", "no", "--max_steps", "2"]
+    assert train(place, tmp_path, *more) == 0
+    assert train(place, tmp_path, *more, "--model_config", '{"num_loops": 4}') == 1
+    assert "holds the finished model of a run with another `model`" in capsys.readouterr().err
+    assert train(place, tmp_path, *more) == 0
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["blocks", "stream"])

@@ -1,4 +1,4 @@
-"""Checkpoints that exist whole or not at all."""
+"""Checkpoints that exist whole or not at all, and runs that go on from them to their end and no further."""
 
 from __future__ import annotations
 
@@ -15,14 +15,25 @@ UNFINISHED = "unfinished"
 
 
 class WholeCheckpointsMixin(Trainer):
-    """Writes every checkpoint beside the others and renames it when it is complete.
+    """Writes every checkpoint beside the others and renames it when it is complete; takes no step after the last.
 
     `Trainer` writes into `checkpoint-N` itself. A process that is killed meanwhile leaves a folder there that
     `get_last_checkpoint` takes for the newest checkpoint, and that may lack the optimiser's state. Older checkpoints
     are deleted only once the new one stands under its name.
+
+    `Trainer` looks after a step whether it was the last. One that goes on from the checkpoint of the last step would
+    take another.
     """
 
     _staging = False
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int, *args: Any, **kwargs: Any
+    ) -> tuple[int, int]:
+        begun: Any = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs
+        )
+        return (num_train_epochs, 0) if self.state.global_step >= max_steps else begun
 
     def _get_output_dir(self, trial: Any) -> str:
         run_dir = super()._get_output_dir(trial)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -155,30 +156,40 @@ class PackedBlocks(Dataset):
 
 
 class PackedStream(IterableDataset):
-    """Blocks of equal length, tokenised as they are asked for; every pass over them starts anew.
+    """Blocks of equal length without an end, tokenised as they are asked for.
+
+    The documents come again and again, each time in another order if `source` has a seed, and blocks go on over the
+    seam: a run of any length is one pass, which a resumed `Trainer` can skip the beginning of.
 
     Args:
         source: the documents.
         tokenizer: makes tokens of them.
         length: S.
-        max_tokens: end after so many; `None`: with the documents.
     """
 
-    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase, length: int, max_tokens: int | None = None):
+    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerBase, length: int):
         self.source = source
         self.tokenizer = tokenizer
         self.length = length
-        self.max_tokens = max_tokens
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        texts = self.source.documents()
-        for block in packed(texts, self.tokenizer, self.length, self.max_tokens):
+        for block in packed(self._documents(), self.tokenizer, self.length):
             yield {"input_ids": torch.from_numpy(block.astype(np.int64))}
+
+    def _documents(self) -> Iterator[str]:
+        seed = self.source.seed
+        for turn in itertools.count():
+            source = self.source if seed is None else dataclasses.replace(self.source, seed=seed + turn)
+            document = None
+            for document in source.documents():
+                yield document
+            if document is None:  # nothing, and so for ever
+                return
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of where the documents come from and how they are cut, not of the text, which is not known yet."""
-        described = {**dataclasses.asdict(self.source), "length": self.length, "max_tokens": self.max_tokens}
+        described = {**dataclasses.asdict(self.source), "length": self.length}
         probe = self.tokenizer("A probe of the tokenizer: 1234, naïve.")["input_ids"]
         return hashlib.sha256(json.dumps([described, probe]).encode()).hexdigest()
 

@@ -87,9 +87,10 @@ class ExplosionGuardCallback(TrainerCallback):
     training are left to its scaler, which skips steps of infinite ones.
 
     A step that is checked costs the largest norm of every state, once per loop, the norm of the gradients, and one
-    wait for the device; a checkpoint one forward, and so does the first step. Where the whole model is compiled, states and the model's own loss
-    cannot be seen (a hook would be compiled into the graphs, or ignored): gradients, weights and the logged loss are
-    checked, and a warning says so. `trainer.save_model()` is the caller's own and is not checked.
+    wait for the device; a checkpoint one forward, and so does the first step. Where the whole model is compiled,
+    states and the model's own loss cannot be seen (a hook would be compiled into the graphs, or ignored): gradients,
+    weights and the logged loss are checked, and a warning says so. `trainer.save_model()` is the caller's own and is
+    not checked.
 
     Args:
         max_state_norm: L2 norm of a token's state, of all its residual streams together. `None`: any finite one.

@@ -59,7 +59,7 @@ def new_record(
 
 
 def finish(
-    record: dict[str, Any], trainer: Trainer, metrics: dict[str, Any], tokens_per_second: float
+    record: dict[str, Any], trainer: Trainer, metrics: dict[str, Any], tokens_per_second: float | None
 ) -> dict[str, Any]:
     """The record of a run that has ended."""
     return {
@@ -70,23 +70,32 @@ def finish(
         "distributed": trainer.accelerator.distributed_type.value,
         "steps": trainer.state.global_step,
         "tokens_seen": trainer.state.num_input_tokens_seen,
-        # of the last session; a resumed run has several
+        # of the last session that trained; a resumed run has several
         "tokens_per_second": tokens_per_second,
         "metrics": metrics,
     }
 
 
-def check_same_run(output: Path, record: dict[str, Any], names: Sequence[str], *, resuming: bool) -> None:
-    """Raise ValueError if `output` holds checkpoints of a run of which one of the entries `names` is another."""
+def read_record(output: Path) -> dict[str, Any]:
+    """What an earlier call has left in `output`; empty if there is nothing."""
     path = output / RECORD
-    if not resuming:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def check_same_run(output: Path, record: dict[str, Any], names: Sequence[str], *, resuming: bool) -> None:
+    """Raise ValueError if `output` holds another run, of which one of the entries `names` is another.
+
+    That is one with checkpoints to go on from (`resuming`), or a finished one, whose model would be written over.
+    """
+    earlier = read_record(output)
+    if not resuming and earlier.get("status") != "finished":
         return
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    holds = "checkpoints of a run" if resuming else "the finished model of a run"
     for name in names:
         if earlier.get(name) != json.loads(json.dumps(record[name])):
             raise ValueError(
-                f"output_dir={str(output)!r} holds checkpoints of a run with another `{name}`: {earlier.get(name)} "
-                f"there, {record[name]} here. Choose another folder, or remove them."
+                f"output_dir={str(output)!r} holds {holds} with another `{name}`: {earlier.get(name)} "
+                f"there, {record[name]} here. Choose another folder, or remove what it holds."
             )
 
 
@@ -99,4 +108,4 @@ def write_record(trainer: Trainer, output: Path, record: dict[str, Any]) -> None
         unfinished.replace(output / RECORD)
 
 
-__all__ = ["RECORD", "check_same_run", "finish", "last_checkpoint", "new_record", "write_record"]
+__all__ = ["RECORD", "check_same_run", "finish", "last_checkpoint", "new_record", "read_record", "write_record"]

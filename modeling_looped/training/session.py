@@ -18,7 +18,7 @@ from modeling_looped.modeling_looped import LoopedPreTrainedModel
 from .guard import ExplosionError
 from .progress import ProgressLines
 from .recipe import parse_recipe
-from .record import finish, write_record
+from .record import finish, read_record, write_record
 
 
 def train_and_record(
@@ -48,12 +48,19 @@ def train_and_record(
         trainer.remove_callback(callback)
     trainer.add_callback(progress)
     trainer.args.watch(trainer)
+    earlier = read_record(output)
     write_record(trainer, output, record)
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.evaluate() if trainer.eval_dataset else {}
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    speed: float | None = progress.tokens_per_second
+    if not progress.steps:  # the run had ended: what is known of its training is what it wrote then
+        known = earlier if earlier.get("status") == "finished" else {}
+        metrics = {name: value for name, value in metrics.items() if not name.startswith("train_")}
+        metrics |= {name: value for name, value in known.get("metrics", {}).items() if name.startswith("train_")}
+        speed = known.get("tokens_per_second")
+    metrics |= trainer.evaluate() if trainer.eval_dataset else {}
     trainer.save_model()
     trainer.save_state()
-    record = finish(record, trainer, {**result.metrics, **metrics}, progress.tokens_per_second)
+    record = finish(record, trainer, metrics, speed)
     write_record(trainer, output, record)
     report(f"saved to {output}")
     return record
