@@ -7,6 +7,7 @@ import torch
 from helpers import VARIANTS, tiny_model
 from peft import LoraConfig, get_peft_model
 from teachers import tiny_teacher
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from modeling_looped.training.optimizer import MuonAdamW
 from modeling_looped.training.parameters import classify, decays, parameter_groups, select_trainable
@@ -76,6 +77,44 @@ def test_a_stock_model_and_a_peft_one_are_grouped_too():
     assert groups["other"]["weight_decay"] == 0.0
     peft = get_peft_model(tiny_model(), LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
     assert {group["name"] for group in parameter_groups(peft, muon=True, **RATES)} == {"low_rank"}
+
+
+SMALL = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("gpt2", {}),
+        ("gpt_neox", {"intermediate_size": 48}),
+        ("bloom", {}),
+        ("falcon", {"new_decoder_architecture": False}),
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+        ("mixtral", {"intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4}),
+    ],
+)
+def test_hidden_matrices_of_stacked_models_are_found_whatever_their_lists_of_layers_are_called(family, fields):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **SMALL, **fields))
+    groups = {group["name"]: group for group in parameter_groups(model, muon=True, **RATES)}
+    found = {id(p): group for group in groups.values() for p in group["params"]}
+    outer = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    for name, parameter in model.named_parameters():
+        group = found[id(parameter)]
+        if parameter.ndim == 3:
+            assert (group["name"], group["algorithm"], group["weight_decay"]) == ("experts", "adamw", 0.1), name
+        elif id(parameter) in outer:
+            assert group["name"] == "embedding", name
+        elif parameter.ndim == 2 and "embed" not in name and "wpe" not in name and not name.endswith("gate.weight"):
+            assert (group["algorithm"], group["weight_decay"]) == ("muon", 0.1), name
+        else:
+            assert group["algorithm"] == "adamw", name
+    assert ("experts" in groups) == (family == "mixtral")
+
+
+def test_muon_without_a_hidden_matrix_is_refused():
+    with pytest.raises(ValueError, match=r"muon=True .*: Embedding has no hidden matrix .*'adamw'"):
+        parameter_groups(torch.nn.Embedding(3, 2), muon=True, **RATES)
 
 
 def trained(choice):

@@ -29,7 +29,7 @@ class RecipeArguments(TrainingArguments):
         muon_learning_rate: of Muon's matrices; `None`: `learning_rate`.
         muon_learning_rate_scale: what a matrix of shape [rows, columns] multiplies that rate by. `match_rms_adamw`:
             0.2 \sqrt{max(rows, columns)}, which makes its steps as large as AdamW's (arXiv 2502.16982); `original`:
-            \sqrt{max(1, rows / columns)}, for which Parcae's rates are made.
+            \sqrt{max(1, rows / columns)}, for which Parcae's rates are made (GPT-2's matrices are stored transposed).
         muon_momentum: of Muon.
         muon_momentum_warmup_steps: steps in which the momentum rises to that, linearly from 0.85 (Parcae's code: 300).
         muon_weight_decay: of Muon's matrices; `None`: `weight_decay`.

@@ -12,6 +12,8 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from torch import nn
+from transformers.modeling_utils import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from modeling_looped.configuration_looped import LoopedConfig
 from modeling_looped.loop_adapter import LoopLoRA
@@ -29,9 +31,10 @@ class Parameter(NamedTuple):
     Attributes:
         name: as in `named_parameters`.
         value: the parameter.
-        role: `matrix` (weight of a linear map inside a layer), `embedding` (token embeddings and head), `low_rank`
-            (factors of loop adapters and of PEFT's), `loop` (what else the loop system owns: injection, bridge, update
-            and its gates, conditioning, halting, readout), `norm`, or `other` (biases, all that is left).
+        role: `matrix` (weight of a linear map inside a layer), `experts` (such weights of several experts in one
+            tensor), `embedding` (token embeddings and head), `low_rank` (factors of loop adapters and of PEFT's),
+            `loop` (what else the loop system owns: injection, bridge, update and its gates, conditioning, halting,
+            readout), `norm`, or `other` (biases, gates and routers, all that is left).
         layer: stored layer it belongs to; `None`: none.
     """
 
@@ -45,12 +48,24 @@ def classify(model: nn.Module) -> list[Parameter]:
     """Every parameter of `model`, once, in the order of `named_parameters`."""
     found = []
     owners = dict(model.named_modules())
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    named = any(LAYER.search(name) for name in owners)
     for name, value in model.named_parameters():
         owner, _, kind = name.rpartition(".")
-        layer = LAYER.search(name)
-        index = int(layer[1]) if layer else None
-        found.append(Parameter(name, value, role_of(name, owners[owner], kind, value, index), index))
+        match = LAYER.search(name)
+        index = int(match[1]) if match else None if named else index_in_list(name, owners)
+        role = "embedding" if owners[owner] is head else role_of(name, owners[owner], kind, value, index)
+        found.append(Parameter(name, value, role, index))
     return found
+
+
+def index_in_list(name: str, modules: dict[str, nn.Module]) -> int | None:
+    """Layer of a parameter in a model whose list of layers has another name than `layers`, such as GPT-2's `h`."""
+    parts = name.split(".")
+    for place, part in enumerate(parts):
+        if part.isdigit() and isinstance(modules[".".join(parts[:place])], nn.ModuleList):
+            return int(part)
+    return None
 
 
 def role_of(name: str, owner: nn.Module, kind: str, value: nn.Parameter, layer: int | None) -> str:
@@ -63,19 +78,23 @@ def role_of(name: str, owner: nn.Module, kind: str, value: nn.Parameter, layer: 
         return "norm"
     if isinstance(owner, nn.Embedding) or "lm_head" in name:
         return "embedding"
-    linear = isinstance(owner, nn.Linear) and kind == "weight" and value.ndim == 2
+    if layer is None:
+        return "other"
+    if value.ndim == 3:
+        return "experts"
+    linear = isinstance(owner, (nn.Linear, Conv1D)) and kind == "weight" and value.ndim == 2
     # a gate with a few outputs is no hidden matrix: orthogonalising its gradient would make every head's step as large
-    return "matrix" if linear and layer is not None and not name.endswith("gate.weight") else "other"
+    return "matrix" if linear and not name.endswith("gate.weight") else "other"
 
 
 def decays(parameter: Parameter) -> bool:
-    """Whether weight decay applies: to matrices, embeddings and low-rank factors, and to nothing else.
+    """Whether weight decay applies: to matrices, those of experts, embeddings and low-rank factors, and nothing else.
 
     The loop system's own parameters do not decay, even those that are matrices: `A_log` and `dt_bias` would drift to
     a fixed decay of their own, gates to one half, bridges and update scales away from the identity that they start at.
     Nor do norms, one row per loop or not, nor biases.
     """
-    return parameter.role in ("matrix", "embedding", "low_rank")
+    return parameter.role in ("matrix", "experts", "embedding", "low_rank")
 
 
 def select_trainable(model: nn.Module, trainable: str) -> list[str]:
@@ -141,7 +160,8 @@ def parameter_groups(
         model: the student.
         learning_rate: of everything without a rate of its own.
         weight_decay: of what decays, see `decays`.
-        muon: whether hidden matrices go to Muon instead of AdamW.
+        muon: whether hidden matrices go to Muon instead of AdamW; those of experts in one tensor, which Muon does not
+            take, stay with it.
         muon_learning_rate: of those.
         muon_weight_decay: of those; `None`: `weight_decay`.
         adapter_learning_rate: of low-rank factors and of the loop system's own parameters.
@@ -151,7 +171,7 @@ def parameter_groups(
         dicts with `params`, `lr`, `weight_decay`, `algorithm` (`muon` or `adamw`), and `name`.
 
     Raises:
-        ValueError: if nothing is trainable.
+        ValueError: if nothing is trainable, or if `muon` finds no hidden matrix.
     """
     rates = {
         "matrix": muon_learning_rate if muon else None,
@@ -160,7 +180,13 @@ def parameter_groups(
         "loop": adapter_learning_rate,
     }
     groups: dict[str, dict[str, Any]] = {}
-    for parameter in classify(model):
+    parameters = classify(model)
+    if muon and all(parameter.role != "matrix" for parameter in parameters):
+        raise ValueError(
+            f"muon=True (optim_recipe='muon'): {type(model).__name__} has no hidden matrix that Muon could take, no "
+            "linear map in a list of layers. Use optim_recipe='adamw'."
+        )
+    for parameter in parameters:
         if not parameter.value.requires_grad:
             continue
         own_rate = rates.get(parameter.role)
