@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, TrainerState
 from modeling_looped.__main__ import main
 from modeling_looped.accounting import parameter_counts
 from modeling_looped.conversion.verification import mean_loss, text_windows
-from modeling_looped.scaling import read_table
+from modeling_looped.scaling import fit_law, read_table
 from modeling_looped.scaling.runs import gather
 
 ROOT = Path(__file__).parents[1]
@@ -185,3 +186,24 @@ def test_the_test_time_curve_is_measured_fitted_and_gone_on_with(tmp_path, capsy
     ):
         assert curve.main([*arguments, *more]) == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("sampling", ["poisson", "lognormal_poisson"])
+def test_runs_of_sampled_depth_fit_the_training_law(sampling, tmp_path):
+    """Their trained loops are a mean, no whole number; beside them lie losses at loops that were not trained."""
+    folders = []
+    for loops in (2, 4, 8):
+        for tokens in (1000, 4000, 16000):
+            model = tiny_model(num_loops=loops, depth_sampling=sampling)
+            loss = 2.0 + 20.0 / loops**0.5 / 10 + 30.0 / tokens**0.5
+            losses = {"docs": loss, "docs_loops_1": loss + 1.0}
+            folders.append(save_run(tmp_path / f"{loops}-{tokens}", model, losses=losses, tokens=tokens))
+    table = gather(folders, "docs")
+    assert all(trained % 1 for trained in table["trained_loops"])
+    options = {"restarts": 32, "polished": 2, "resamples": 0}
+    assert fit_law("training", table, **options).fitted.runs == 9
+    every = gather(folders, "docs", every_loop=True)
+    with pytest.raises(ValueError, match=r"9 of 18 rows have other loops .* choose rows with where=") as refused:
+        fit_law("training", every, **options)
+    where = re.search("where='([^']*)'", str(refused.value))[1]
+    assert fit_law("training", every, where=where, **options).fitted.runs == 9

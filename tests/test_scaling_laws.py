@@ -250,6 +250,10 @@ REFUSED = {
         {"table": TABLE.assign(loops=4)},
         r"30 of 36 rows have other loops than trained_loops.*fit law='unified'",
     ),
+    "losses at other loops, of a law of training that reads loops": (
+        {"law": "bounded", "table": TABLE.assign(loops=4, recurrent_parameters=1e7)},
+        r"law='bounded' is of losses at the loops that were trained, and 30 of 36 rows",
+    ),
     "several curves as one": (
         {"law": "test_time_exponential", "table": measured(decay_sweep(), "unified", {**PARCAE_140M, **DECAY}, 0.0)},
         r"is of one trained model, and the table has 36 values of tokens",

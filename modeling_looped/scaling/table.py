@@ -131,15 +131,31 @@ def checked(table: pd.DataFrame, law: Law) -> pd.DataFrame:
         if wrong.any():
             raise refusal(table, name, wrong, "must be above 0" if name in POSITIVE else "must not be negative")
         table[name] = values
-    if "trained_loops" not in law.columns and "unrolled_parameters" in law.columns and "trained_loops" in table:
-        others = np.asarray(table["loops"]) != np.asarray(table["trained_loops"])
+    if is_of_training(law) and "trained_loops" in table:
+        others = ~at_trained_loops(table)
         if others.any():
             raise ValueError(
                 f"law={law.name!r} is of losses at the loops that were trained, and {others.sum()} of {len(table)} "
-                "rows have other loops than trained_loops: choose rows with where='loops == trained_loops', or fit "
+                "rows have other loops than trained_loops (or, where that is a mean of sampled depths and no whole "
+                "number, differ by more than 1): choose rows with where='abs(loops - trained_loops) <= 1', or fit "
                 "law='unified'."
             )
     return table
+
+
+def is_of_training(law: Law) -> bool:
+    """Whether a law is of the loss that training reaches, at no other loop count."""
+    return "tokens" in law.columns and "trained_loops" not in law.columns
+
+
+def at_trained_loops(table: pd.DataFrame) -> np.ndarray:
+    """The rows [n] measured at the loops that were trained; sampled depths have a mean, which may be no whole number.
+
+    Within 1 of that: a Poisson depth of at least 1 has a mean a little above its parameter, and a log-normal Poisson
+    one (Huginn's) a mean of one more.
+    """
+    loops, trained = (np.array([as_number(value) for value in table[name]]) for name in ("loops", "trained_loops"))
+    return np.abs(loops - trained) <= np.where(trained % 1 == 0, 0.0, 1.0)
 
 
 def as_number(value: object) -> float:
