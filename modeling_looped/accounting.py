@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_utils import PreTrainedModel
 
 from .configuration_looped import LoopedConfig
+from .depth import DepthRange, depth_of
 from .slots import SlotLayout, checked_num_loops
 
 #: The parts of a model, in the order of execution. `loop` is what acts between the runs of the core: injection, first
@@ -139,7 +140,11 @@ def rows_of(model: PreTrainedModel, name: str) -> int:
 
 
 def token_flops(
-    model: PreTrainedModel, *, num_loops: int | None = None, sequence_length: int | None = None
+    model: PreTrainedModel,
+    *,
+    num_loops: int | None = None,
+    sequence_length: int | None = None,
+    shallowest: int | None = None,
 ) -> TokenFlops:
     """FLOPs per token of a looped model, on average over a sequence that is computed at once; or of the token at which
     a cache reaches `sequence_length`.
@@ -153,6 +158,8 @@ def token_flops(
         model: any looped model; only its class and config are read, so the meta device will do.
         num_loops: T; `None`: the config's.
         sequence_length: S; `None`: `max_position_embeddings`.
+        shallowest: smallest depth of a sequence or token, where these have depths of their own and T is the largest:
+            with `config.backprop_loops` the graph begins with the first loop that counts for any of them. `None`: T.
 
     Raises:
         ValueError: for a loop count or a length that is not an integer of at least 1.
@@ -160,11 +167,13 @@ def token_flops(
     config = looped_config(model)
     layout = layout_of(config, num_loops)
     length = checked_length(config.max_position_embeddings if sequence_length is None else sequence_length)
-    text = json.dumps(config.to_dict(), sort_keys=True, default=str)
-    traced = traced_products(type(model), text, layout.loops)
+    values, kept = config.to_dict(), layout.loops
+    if config.backprop_loops is not None:
+        smallest = layout.loops if shallowest is None else shallowest
+        kept = values["backprop_loops"] = min(config.backprop_loops + layout.loops - smallest, layout.loops)
+    traced = traced_products(type(model), json.dumps(values, sort_keys=True, default=str), layout.loops)
     parts = dict(traced.parts)
     backward = traced.backward
-    kept = layout.loops if config.backprop_loops is None else min(config.backprop_loops, layout.loops)
     for index, keeps_graph in zip(range(layout.num_invocations), graph_flags(layout, kept), strict=True):
         layer = layout.invocation(index).layer
         products = attention_flops(config, layer, length)
@@ -320,6 +329,7 @@ def count_flops(trainer: Any) -> None:
     """Make a `Trainer` count the FLOPs of a looped model, in `state.total_flos` and what it logs of it.
 
     A stock one takes 6 FLOPs per token and stored parameter without asking the model, too few by about the loop count.
+    Where depth is sampled, the loops that each step ran are counted. What `config.loop_loss` adds is not.
     """
     trainer.floating_point_ops = trainer.model.floating_point_ops
 
@@ -340,6 +350,8 @@ class LoopedAccountingMixin:
     def floating_point_ops(self, input_dict: Mapping[str, Any], exclude_embeddings: bool = True) -> int:
         """FLOPs of a training step on a batch: what a `Trainer` adds to `total_flos` after `count_flops(trainer)`.
 
+        In training mode, where depth is sampled, the loops are those drawn last: of the step that was just made.
+
         Args:
             input_dict: the batch, with `input_ids` or `inputs_embeds`, and `num_loops` where a call sets it.
             exclude_embeddings: not read: looking a token up is no product, and a product with a tied head is one.
@@ -348,11 +360,17 @@ class LoopedAccountingMixin:
         if not names:
             return 0
         batch, length = input_dict[names[0]].shape[:2]
-        return (
-            batch
-            * length
-            * self.training_flops_per_token(num_loops=input_dict.get("num_loops"), sequence_length=length)
-        )
+        loops = self._depths_of_call(input_dict.get("num_loops"), batch, length)
+        flops = token_flops(self, num_loops=loops.largest, sequence_length=length, shallowest=loops.smallest)  # pyright: ignore[reportArgumentType] (mixed into a model)
+        return batch * length * flops.training
+
+    def _depths_of_call(self, num_loops: Any, batch: int, length: int) -> DepthRange:
+        """Depths of the call that was just made: those that it was told, that were drawn, or the config's."""
+        drawn: DepthRange | None = self.base_model.depth_sampling.drawn  # pyright: ignore[reportAttributeAccessIssue] (mixed into a model)
+        if num_loops is None and drawn is not None and self.training:  # pyright: ignore[reportAttributeAccessIssue] (mixed into a model)
+            return drawn
+        depth = depth_of(self.config.num_loops if num_loops is None else num_loops, batch, length)
+        return DepthRange(depth.smallest, depth.loops)
 
     def kv_cache_bytes(self, sequence_length: int, *, num_loops: int | None = None, batch_size: int = 1) -> int:
         """Bytes of the keys and values of a context in the model's dtype. Errors as in `accounting.kv_cache_bytes`."""

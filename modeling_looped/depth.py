@@ -13,6 +13,13 @@ from torch import Tensor
 from .slots import checked_num_loops
 
 
+class DepthRange(NamedTuple):
+    """The smallest and the largest depth of a call's tokens, of which it runs the largest for all."""
+
+    smallest: int
+    largest: int
+
+
 class Depth(NamedTuple):
     """The loops of one call.
 
@@ -103,4 +110,4 @@ def loops_of(num_loops: int | Tensor | Depth) -> int:
     return checked_num_loops(num_loops)
 
 
-__all__ = ["Depth", "depth_of", "loops_of"]
+__all__ = ["Depth", "DepthRange", "depth_of", "loops_of"]

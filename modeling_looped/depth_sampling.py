@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .depth import Depth
+from .depth import Depth, DepthRange
 from .keyed_random import MASK, keyed_uniform, mix
 from .registry import Registry, Strategy
 
@@ -40,7 +40,13 @@ NEGLIGIBLE = 2.0**-25
 
 
 class DepthSampling(Strategy):
-    """Abstract depth sampling."""
+    """Abstract depth sampling.
+
+    Attributes:
+        drawn: the depths of the last draw, for the accounts of what that call cost; `None`: there was none.
+    """
+
+    drawn: DepthRange | None = None
 
     @abstractmethod
     def forward(self, input_ids: Tensor | None, inputs_embeds: Tensor | None, num_loops: int) -> Depth:
@@ -168,10 +174,12 @@ class SampledDepth(DepthSampling):
         if self.params.granularity == "batch":
             loops = int(depths(torch.zeros(1, dtype=torch.int64), 1))
             refuse_disagreement(loops, self.step.device)
+            self.drawn = DepthRange(loops, loops)
             return Depth(loops)
         batch, length = given_shape(input_ids, inputs_embeds)
         each = depths(row_keys(input_ids, batch), length if self.params.granularity == "token" else 1)
         shallowest, loops = range_on_all_ranks(int(each.min()), int(each.max()), self.step.device)
+        self.drawn = DepthRange(shallowest, loops)
         return Depth(loops, each.unsqueeze(-1).to(self.step.device), shallowest)
 
 

@@ -175,16 +175,42 @@ def test_published_sizes_are_counted_without_their_weights():
     assert counts.effective_parts["core"] == 4 * counts.parts["core"]
 
 
-def test_the_trainer_counts_what_torch_counts(tmp_path):
-    """Also with a length and so a count of its own in every batch."""
-    model = eager_model(tiny_config())
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"depth_sampling": "poisson", "num_loops": 8},
+        {"depth_sampling": {"type": "poisson", "granularity": "sequence"}, "num_loops": 6, "backprop_loops": 2},
+        {"depth_sampling": {"type": "uniform", "granularity": "token"}, "num_loops": 4, "backprop_loops": 1},
+    ],
+    ids=["fixed", "batch", "sequence", "token"],
+)
+def test_the_trainer_counts_what_torch_counts(fields, tmp_path):
+    """Also with a length and, where depth is sampled, loops and so a count of its own in every batch."""
+    model = eager_model(tiny_config(**fields))
     collator = DataCollatorForLanguageModeling(tiny_tokenizer(), mlm=False)
     trainer = Trainer(model, run_arguments(tmp_path), train_dataset=sentence_dataset(), data_collator=collator)
     count_flops(trainer)
-    model.training_flops_per_token()  # what it counts with would be counted too
-    with FlopCounterMode(display=False) as counter:
-        trainer.train()
-    assert trainer.state.total_flos == counter.get_total_flops()
+    step, counted = trainer.training_step, []
+
+    def counting(*args):
+        with FlopCounterMode(display=False) as counter:
+            loss = step(*args)
+        counted.append(counter.get_total_flops())
+        return loss
+
+    trainer.training_step = counting  # and not all of `train`: what the model counts with would be counted too
+    trainer.train()
+    assert trainer.state.total_flos == sum(counted)
+    assert len(set(counted)) > 1
+
+
+def test_a_call_with_depths_of_its_own_is_counted():
+    model = eager_model(tiny_config(backprop_loops=2))
+    depths = torch.tensor([2, 5])
+    forward, backward = counted(model, random_tokens(2, 4), num_loops=depths)
+    inputs = {"input_ids": random_tokens(2, 4), "num_loops": depths}
+    assert model.floating_point_ops(inputs) == forward + backward
 
 
 def test_a_stock_trainer_counts_too_few(tmp_path):
