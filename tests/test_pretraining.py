@@ -102,6 +102,18 @@ def test_evaluation_is_the_mean_over_all_tokens_at_every_loop_count(place, finis
     assert "eval_valid_loops_3_loss" not in metrics  # it is eval_valid_loss
 
 
+@pytest.mark.parametrize("batch", ["7", "100000"])
+def test_dropping_last_batches_is_of_training_alone(batch, place, tmp_path):
+    """Else nats per byte would be those of some blocks divided by the bytes of all."""
+    found = []
+    for drop in ("true", "false"):
+        more = ["--max_steps", "1", "--dataloader_drop_last", drop, "--per_device_eval_batch_size", batch]
+        assert train(place, tmp_path / drop, *more) == 0
+        metrics = json.loads((tmp_path / drop / "run.json").read_text())["metrics"]
+        found.append({name: metrics[name] for name in ("eval_valid_loss", "eval_valid_nats_per_byte")})
+    assert found[0] == found[1]
+
+
 def test_a_run_is_a_row_of_a_scaling_table_or_one_per_loop_count(finished, record):
     (row,) = gather([finished]).to_dict("records")
     assert (row["loss"], row["tokens"], row["loops"]) == (record["metrics"]["eval_valid_loss"], 1024, 3)

@@ -6,11 +6,14 @@ B batch, S tokens, V vocabulary.
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import Trainer
 
 
@@ -29,6 +32,25 @@ class TokenMeansMixin(Trainer):
     @abstractmethod
     def token_metrics(self, sums: list[float], prefix: str, dataset: Any) -> dict[str, float]:
         """Metrics, their names with `prefix` and an underscore before them, from the sums over all rows."""
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """As in `Trainer`, and always with the last batch: `dataloader_drop_last` is for training alone."""
+        with self._keeping_last_batch():
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As `get_eval_dataloader`."""
+        with self._keeping_last_batch():
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _keeping_last_batch(self) -> Iterator[None]:
+        before = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = False
+        try:
+            yield
+        finally:
+            self.args.dataloader_drop_last = before
 
     def evaluation_loop(self, dataloader: Any, description: str, *args: Any, **kwargs: Any) -> Any:
         """As in `Trainer`, with means over tokens."""
