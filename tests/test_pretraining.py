@@ -260,6 +260,52 @@ def test_what_cannot_work_is_named(wrong, message, place, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_length": None}, "max_length=None must be given"),
+        ({"max_length": [3]}, "max_length=[3] must be an integer"),
+        ({"max_length": 16.5}, "max_length=16.5 must be an integer"),
+        ({"max_train_tokens": "many"}, "max_train_tokens='many' must be an integer"),
+        ({"learning_rate": True}, "learning_rate=True must be a number"),
+        ({"telemetry": "maybe"}, "telemetry='maybe' must be true or false"),
+        ({"telemetry": 3}, "telemetry=3 must be true or false"),
+        ({"eval_num_loops": [1, "x"]}, "eval_num_loops=[1, 'x'] must be an integer"),
+        ({"dataset_text_field": ["text"]}, "dataset_text_field=['text'] must be text"),
+        ({"learning-rat": 1}, "no option is called 'learning-rat' (did you mean 'learning_rate'?)"),
+        ({"learning-rate": 1}, "has 'learning_rate' twice"),
+    ],
+)
+def test_values_of_a_recipe_that_its_fields_do_not_take_are_named(values, message, place, tmp_path, capsys):
+    recipe = yaml.safe_load((place / "recipe.yaml").read_text())
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, **values}))
+    assert train(tmp_path, tmp_path / "out") == 1
+    assert message in capsys.readouterr().err
+
+
+def test_values_of_a_recipe_become_what_their_fields_hold(place, tmp_path):
+    recipe = {
+        "model": {"hidden_size": 32},
+        "dataset_name": "text.jsonl",
+        "output_dir": str(tmp_path),
+        "use_cpu": True,
+        "max-train-tokens": "1e6",
+        "max_length": 64.0,
+        "learning_rate": "3e-4",
+        "eval_num_loops": 4,
+        "dataset_streaming": "false",
+        "telemetry": "yes",
+        "eval_strategy": False,
+        "weight_decay": 1,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    run, args = parse_recipe(["--recipe", str(tmp_path / "recipe.yaml")], (PretrainingRun, PretrainingConfig))
+    assert (run.max_train_tokens, run.max_length, run.dataset_streaming) == (1_000_000, 64, False)
+    assert isinstance(run.max_length, int)
+    assert (args.learning_rate, args.eval_num_loops, args.telemetry, args.weight_decay) == (3e-4, [4], True, 1)
+    assert args.eval_strategy == "no"
+
+
+@pytest.mark.parametrize(
     ("other", "message"),
     [
         (["--max_train_tokens", "512"], "holds checkpoints of a run with another `data`"),

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
-from typing import Any, ClassVar
+from types import UnionType
+from typing import Any, ClassVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.hf_argparser import string_to_bool
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 
@@ -152,15 +157,7 @@ def parse_recipe(arguments: Sequence[str], configs: Any, prog: str = "") -> Any:
     options, rest = head.parse_known_args(arguments)
     parser: Any = HfArgumentParser(configs, parents=[head], allow_abbrev=False, prog=prog or None)
     actions = {action.dest: action for action in parser._actions}
-    given = read_recipe(options.recipe) if options.recipe else {}
-    check_names(given, actions, str(options.recipe))
-    for name, value in given.items():
-        kind = actions[name].type
-        if kind in (int, float) and isinstance(value, str):  # YAML reads 1e-3 as text
-            try:
-                given[name] = kind(value)
-            except ValueError as error:
-                raise ValueError(f"{options.recipe}: {name}={value!r} must be a number.") from error
+    given = read_recipe(options.recipe, configs) if options.recipe else {}
     for action in actions.values():
         if action.dest != "help":
             action.default, action.required = argparse.SUPPRESS, False
@@ -175,8 +172,12 @@ def parse_recipe(arguments: Sequence[str], configs: Any, prog: str = "") -> Any:
     return parser.parse_dict(merged)
 
 
-def read_recipe(path: Path) -> dict[str, Any]:
-    """The values in a YAML file; raises ValueError if it is not a mapping."""
+def read_recipe(path: Path, configs: Iterable[type]) -> dict[str, Any]:
+    """The values in a YAML file, in the types of the fields of the dataclasses `configs`.
+
+    Raises:
+        ValueError: if it is not a mapping, or for a name or a value that no field takes.
+    """
     if not path.is_file():
         raise ValueError(f"recipe={str(path)!r} does not exist.")
     try:
@@ -185,7 +186,72 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold `name: value` lines.")
-    return values
+    hints = {name: hint for config in configs for name, hint in get_type_hints(config).items()}
+    known = [entry.name for config in configs for entry in dataclasses.fields(config) if entry.init]
+    names = [str(name) for name in values]
+    check_names(names, known, str(path))
+    typed = {}
+    for name, value in zip(names, values.values(), strict=True):
+        field_name = name.replace("-", "_")
+        if field_name in typed:
+            raise ValueError(f"{path} has {field_name!r} twice.")
+        try:
+            typed[field_name] = in_type(value, hints[field_name])
+        except ValueError as error:
+            raise ValueError(f"{path}: {name}={value!r} must be {error}.") from error
+    return typed
+
+
+def in_type(value: Any, hint: Any) -> Any:
+    """A value of a YAML file as a field with this type hint takes it: `'1e-3'`, which YAML reads as text, as a number.
+
+    Raises:
+        ValueError: if it takes no such value; says what it takes.
+    """
+    members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None:
+        if type(None) not in members:
+            raise ValueError("given: it has no value here")
+        return None
+    enums = [member for member in members if isinstance(member, type) and issubclass(member, Enum)]
+    if value is False and any("no" in [choice.value for choice in enum] for enum in enums):
+        return "no"  # which YAML takes for its word for false
+    rest = [member for member in members if member is not type(None)]
+    if rest == [bool]:
+        return as_flag(value)
+    if rest in ([int], [float]):
+        return as_number(value, rest[0])
+    if rest == [str]:
+        if isinstance(value, (bool, list, dict)):
+            raise ValueError("text")
+        return str(value)
+    if len(rest) == 1 and get_origin(rest[0]) is list:
+        (kind,) = get_args(rest[0])
+        return [in_type(item, kind) for item in (value if isinstance(value, list) else [value])]
+    return value
+
+
+def as_flag(value: Any) -> bool:
+    """True or false, or a word for it; raises ValueError for anything else."""
+    if isinstance(value, str):
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            return string_to_bool(value)
+    if not isinstance(value, bool):
+        raise ValueError("true or false")
+    return value
+
+
+def as_number(value: Any, kind: type) -> int | float:
+    """A number as an `int` or a `float`; raises ValueError for what is none, or not a whole one."""
+    number = math.nan
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            number = int(value) if isinstance(value, int) else float(value)
+    if kind is int and not float(number).is_integer():
+        raise ValueError("an integer")
+    if math.isnan(number):
+        raise ValueError("a number")
+    return int(number) if kind is int else number
 
 
 def check_names(names: Iterable[str], known: Iterable[str], place: str) -> None:
