@@ -248,6 +248,8 @@ def test_a_stacked_baseline_trains_with_the_same_program(place, tmp_path):
         (["--tokenizer_name_or_path", "x"], "tokenizer_name_or_path='x' names one that exists: leave one out"),
         (["--dataset_name", "missing.jsonl"], "'missing.jsonl' does not exist"),
         (["--dataset_name", "EMPTY"], "there is no text to train a tokenizer on"),
+        (["--optim", "adafactor"], "optim='adafactor' needs optim_recipe='trainer', not 'muon'"),
+        (["--optim_args", "a=1"], "optim_args='a=1' needs optim_recipe='trainer'"),
         (["--muon_learning_rate_scale", "rms"], "muon_learning_rate_scale='rms' must be one of: match_rms_adamw"),
     ],
 )

@@ -15,6 +15,9 @@ OPTIM_RECIPES = ("adamw", "muon", "trainer")
 MUON_SCALES = ("match_rms_adamw", "original")
 DECAY_SCHEDULES = ("constant", "linear")
 
+#: Values of `optim` that name what `optim_recipe="adamw"` makes.
+ADAMW = ("adamw_torch", "adamw_torch_fused")
+
 #: Schedule with a cooldown, in Transformers' words.
 COOLDOWN_SCHEDULE = "warmup_stable_decay"
 
@@ -82,6 +85,13 @@ class RecipeArguments(TrainingArguments):
             ("muon_weight_decay_schedule", DECAY_SCHEDULES),
         ):
             check_choice(self, name, allowed)
+        for name, unread in (("optim", ADAMW), ("optim_args", (None,)), ("optim_target_modules", (None,))):
+            value = getattr(self, name)
+            if self.optim_recipe != "trainer" and value not in unread:
+                raise ValueError(
+                    f"{name}={str(getattr(value, 'value', value))!r} needs optim_recipe='trainer', not "
+                    f"{self.optim_recipe!r}, which makes an optimiser of its own."
+                )
         for name in (
             "learning_rate",
             "muon_learning_rate",
