@@ -19,6 +19,7 @@ that at the trained loop count from there on; `growth` is the state's root mean 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -220,9 +221,7 @@ def main() -> None:
     """Train all, then print the tables."""
     options = parse()
     options.work.mkdir(parents=True, exist_ok=True)
-    text = options.work / f"text-{options.bytes}.bytes"
-    if not text.exists():
-        write_text(Source(str(options.text)), text, options.bytes)
+    text = stored_text(Source(str(options.text)), options.work, options.bytes)
     shared = ("steps", "width", "batch", "length", "warmup", "clip", "margin", "spike")
     jobs = {
         f"{injection}-{loops}-{rate:g}": {
@@ -246,8 +245,11 @@ def main() -> None:
         write_json(options.output, {**described(options), "runs": runs})
 
 
-def write_text(source: Source, path: Path, size: int) -> None:
-    """The first `size` bytes of the documents, as a file of its own."""
+def stored_text(source: Source, work: Path, size: int) -> Path:
+    """The first `size` bytes of the documents, as a file in `work` that is named by them: another text, another file.
+
+    So jobs on it, which hold its name in their settings, are not taken for those on another one.
+    """
     parts, length = [], 0
     for document in source.documents():
         parts.append(document.encode() + b"\n")
@@ -256,7 +258,10 @@ def write_text(source: Source, path: Path, size: int) -> None:
             break
     if length < size:
         raise ValueError(f"--bytes={size}: {source.path!r} has only {length}.")
-    path.write_bytes(b"".join(parts)[:size])
+    text = b"".join(parts)[:size]
+    path = work / f"text-{hashlib.sha256(text).hexdigest()[:12]}.bytes"
+    path.write_bytes(text)
+    return path
 
 
 if __name__ == "__main__":

@@ -65,6 +65,18 @@ def test_a_run_that_stops_before_the_first_window_has_a_verdict_too():
     assert (verdict["diverged"], verdict["final_loss"], verdict["best_loss"]) == (True, None, None)
 
 
+def test_runs_on_another_text_are_other_runs(tmp_path):
+    """Their settings name the file, and the file its bytes."""
+    paths = []
+    for word in ("cat", "dog", "cat"):
+        (tmp_path / f"{word}.txt").write_text(f"the {word} sat on the mat")
+        paths.append(stability.stored_text(stability.Source(str(tmp_path / f"{word}.txt")), tmp_path, 12))
+    assert paths[0] == paths[2] != paths[1]
+    assert paths[0].read_bytes() == b"the cat sat "
+    with pytest.raises(ValueError, match=r"--bytes=99: .* has only 23"):
+        stability.stored_text(stability.Source(str(tmp_path / "cat.txt")), tmp_path, 99)
+
+
 def test_the_stability_table_counts_what_its_runs_say():
     jobs = {f"{rate}": {"injection": "add", "loops": 4, "learning_rate": rate} for rate in (0.001, 0.1)}
     curve = {str(depth): 2.0 for depth in stability.DEPTHS}
