@@ -8,9 +8,13 @@ The same command goes on where it was stopped.
 """
 
 import argparse
+import hashlib
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
+from modeling_looped.conversion.checkpoint import check_device
 from modeling_looped.conversion.options import DTYPES, positive
 from modeling_looped.conversion.sampling import sample_text
 from modeling_looped.conversion.teacher import find_teacher
@@ -36,16 +40,23 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def made_by(provenance: dict[str, Any], dtype: str) -> str:
+    """A hash of the model's files and its dtype."""
+    return hashlib.sha256(json.dumps([provenance["sha256"], dtype], sort_keys=True).encode()).hexdigest()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the program; returns its exit status."""
     options = parse(arguments)
     try:
+        check_device(options.device)
         files = find_teacher(options.model, gguf_file=options.gguf_file, revision=options.revision, field="model")
         names = ("tokens", "max_length", "batch_size", "temperature", "top_p", "start", "seed")
         sample_text(
             files.model(dtype=options.dtype, device=options.device),
             files.tokenizer(),
             options.output,
+            made_by=made_by(files.provenance(), options.dtype),
             progress=print,
             **{name: getattr(options, name) for name in names},
         )

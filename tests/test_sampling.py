@@ -78,6 +78,30 @@ def test_a_file_that_was_begun_with_other_settings_is_left_as_it_is(teacher, tmp
     assert file.read_text(encoding="utf-8") == before
 
 
+def test_a_file_of_another_model_is_left_as_it_is(main, tmp_path, capsys):
+    file = tmp_path / "samples.jsonl"
+    options = ["--output", str(file), "--max-length", "8", "--batch-size", "4", "--tokens"]
+    for name, family in {"one": "llama", "other": "llama-tied"}.items():
+        save_teacher(tmp_path / name, family)
+    assert main(["--model", str(tmp_path / "one"), *options, "20"]) == 0
+    before = file.read_bytes()
+    assert main(["--model", str(tmp_path / "other"), *options, "40"]) == 1
+    assert "made_by=" in capsys.readouterr().err
+    assert file.read_bytes() == before
+    assert main(["--model", str(tmp_path / "one"), *options, "20"]) == 0
+    assert "tokens already" in capsys.readouterr().out
+    assert file.read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["# Notes\n", '["a", "b"]\n', '{"text": "a"}\n', '{"text": "a"}\n# b', "no end"])
+def test_a_file_that_holds_something_else_is_left_as_it_is(teacher, tmp_path, text):
+    file = tmp_path / "notes.md"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"output='.*notes.md' exists and holds something other than samples"):
+        sample_text(teacher, tiny_tokenizer(), file, tokens=10, **SMALL)
+    assert file.read_text() == text
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

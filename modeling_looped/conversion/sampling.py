@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+#: How every line of a file of samples begins.
+BEGINNING = b'{"text": '
+
 
 def start_token(tokenizer: Any, start: str | None) -> int:
     """Id of the token that every sample begins with.
@@ -46,6 +49,7 @@ def sample_text(
     top_p: float = 1.0,
     start: str | None = None,
     seed: int = 0,
+    made_by: str | None = None,
     progress: Callable[[str], object] = lambda line: None,
 ) -> int:
     """Write samples of `model` to a JSON-lines file with the column `text`; goes on where an earlier call stopped.
@@ -63,6 +67,7 @@ def sample_text(
         top_p: probability mass that is sampled from.
         start: token that every sample begins with; it is not part of the text. `None`: see `start_token`.
         seed: of the draws.
+        made_by: what tells this model from others, such as a hash of its files; kept with every sample.
         progress: gets a line per batch.
 
     Returns:
@@ -70,7 +75,7 @@ def sample_text(
 
     Raises:
         ValueError: for a value that is not possible, or another one than the file was begun with; names it and what is
-            allowed.
+            allowed. For a file that holds anything but samples.
     """
     for name, value, least in (("tokens", tokens, 1), ("max_length", max_length, 2), ("batch_size", batch_size, 1)):
         if value < least:
@@ -84,13 +89,13 @@ def sample_text(
     first = start_token(tokenizer, start)
     ends = {first, tokenizer.eos_token_id} - {None}
     settings = {"start": first, "max_length": max_length, "batch_size": batch_size, "seed": seed}
-    settings |= {"temperature": temperature, "top_p": top_p}
-    kept = whole_batches(output, settings)
-    written = sum(row["tokens"] for row in kept)
-    batch = len(kept) // batch_size
+    settings |= {"temperature": temperature, "top_p": top_p, "made_by": made_by}
+    batch, written, size = whole_batches(output, settings)
+    if written >= tokens:
+        progress(f"{output} has {written:,} tokens already")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with output.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in kept)
+    with output.open("a", encoding="utf-8") as file:
+        file.truncate(size)  # what a killed writer left of its last batch
         while written < tokens:
             torch.manual_seed(seed + batch)
             prompt = torch.full((batch_size, 1), first, device=model.device)
@@ -116,28 +121,40 @@ def sample_text(
     return written
 
 
-def whole_batches(file: Path, settings: dict[str, Any]) -> list[dict]:
-    """The rows of `file`, without those of a batch that was not written to its end.
+def whole_batches(file: Path, settings: dict[str, Any]) -> tuple[int, int, int]:
+    """How many batches of `file` were written to their end, their tokens, and their bytes, with which the file begins.
 
     Raises:
-        ValueError: if they were drawn with other settings.
+        ValueError: if they were drawn with other settings, or if it holds something else.
     """
-    if not file.is_file():
-        return []
-    rows = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:  # the line at which the writer was killed
-            break
-    for row in rows:
-        began = row.get("settings", {})
+    lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
+    batches = tokens = size = rows = tokens_of_batch = size_of_batch = 0
+    for line in lines:
+        row = sample_in(line)
+        if row is None and line.startswith(BEGINNING) and not line.endswith(b"\n"):
+            break  # at which the writer was killed
+        if row is None:
+            raise ValueError(f"output={str(file)!r} exists and holds something other than samples: name another file.")
+        began = row["settings"]
         for name, value in settings.items():
             if began.get(name) != value:
                 raise ValueError(
                     f"{name}={value} must be {began.get(name)}, with which {file} was begun, or the file another."
                 )
-    return rows[: len(rows) - len(rows) % settings["batch_size"]]
+        rows, tokens_of_batch, size_of_batch = rows + 1, tokens_of_batch + row["tokens"], size_of_batch + len(line)
+        if rows == settings["batch_size"]:
+            batches, tokens, size = batches + 1, tokens + tokens_of_batch, size + size_of_batch
+            rows = tokens_of_batch = size_of_batch = 0
+    return batches, tokens, size
+
+
+def sample_in(line: bytes) -> dict[str, Any] | None:
+    """The sample that a line of the file holds; `None`: it holds no whole one."""
+    try:
+        row = json.loads(line) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and {"text", "tokens", "settings"} <= row.keys() else None
 
 
 __all__ = ["sample_text", "start_token"]
