@@ -162,9 +162,14 @@ def token_flops(
             with `config.backprop_loops` the graph begins with the first loop that counts for any of them. `None`: T.
 
     Raises:
-        ValueError: for a loop count or a length that is not an integer of at least 1.
+        ValueError: for a loop count or a length that is not an integer of at least 1, and for a model with
+            cross-attention, whose products depend on the length of an encoder's output too.
     """
     config = looped_config(model)
+    if config.add_cross_attention:
+        raise ValueError(
+            "add_cross_attention=True: FLOPs per token depend on the encoder's output, and are not counted."
+        )
     layout = layout_of(config, num_loops)
     length = checked_length(config.max_position_embeddings if sequence_length is None else sequence_length)
     values, kept = config.to_dict(), layout.loops
@@ -366,7 +371,9 @@ class LoopedAccountingMixin:
 
     def _depths_of_call(self, num_loops: Any, batch: int, length: int) -> DepthRange:
         """Depths of the call that was just made: those that it was told, that were drawn, or the config's."""
-        drawn: DepthRange | None = self.base_model.depth_sampling.drawn  # pyright: ignore[reportAttributeAccessIssue] (mixed into a model)
+        # a stack has nothing to sample
+        sampling = getattr(self.base_model, "depth_sampling", None)  # pyright: ignore[reportAttributeAccessIssue] (mixed into a model)
+        drawn: DepthRange | None = getattr(sampling, "drawn", None)
         if num_loops is None and drawn is not None and self.training:  # pyright: ignore[reportAttributeAccessIssue] (mixed into a model)
             return drawn
         depth = depth_of(self.config.num_loops if num_loops is None else num_loops, batch, length)

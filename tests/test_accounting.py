@@ -179,11 +179,12 @@ def test_published_sizes_are_counted_without_their_weights():
     "fields",
     [
         {},
+        {"num_prelude_layers": 3, "num_core_layers": 0, "num_coda_layers": 0},
         {"depth_sampling": "poisson", "num_loops": 8},
         {"depth_sampling": {"type": "poisson", "granularity": "sequence"}, "num_loops": 6, "backprop_loops": 2},
         {"depth_sampling": {"type": "uniform", "granularity": "token"}, "num_loops": 4, "backprop_loops": 1},
     ],
-    ids=["fixed", "batch", "sequence", "token"],
+    ids=["fixed", "stack", "batch", "sequence", "token"],
 )
 def test_the_trainer_counts_what_torch_counts(fields, tmp_path):
     """Also with a length and, where depth is sampled, loops and so a count of its own in every batch."""
@@ -234,5 +235,7 @@ def test_what_cannot_be_counted_is_refused_by_name():
         model.kv_cache_bytes(4, batch_size=0)
     with pytest.raises(ValueError, match="is_causal=False"):
         kv_cache_bytes(tiny_config(is_causal=False), 4)
+    with pytest.raises(ValueError, match="add_cross_attention=True: FLOPs per token depend on the encoder's output"):
+        tiny_model(add_cross_attention=True, is_decoder=True).flops_per_token()
     with pytest.raises(TypeError, match="model_type='llama': accounting is for looped models"):
         token_flops(tiny_teacher("llama"), sequence_length=4)
