@@ -155,6 +155,10 @@ class AttentionSlot(nn.Module):
         return f"layer_idx={self.layer_idx}"
 
 
+#: Methods that `compile_blocks` covers with compiled ones, on the instance.
+COMPILED = ("project", "project_query")
+
+
 class LoopedAttention(nn.Module):
     """Grouped-query attention whose projections are shared by all loops and whose dispatch is one slot per loop.
 
@@ -206,6 +210,10 @@ class LoopedAttention(nn.Module):
         self.qkv_clip = config.qkv_clip
         self.qk_norm = config.qk_norm
         self.q_norm, self.k_norm = query_and_key_norms(config, query_size, key_value_size, norm_rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what `compile_blocks` has put here, which in a copy would still read this module's weights."""
+        return {name: value for name, value in super().__getstate__().items() if name not in COMPILED}
 
     def slot(self, layer_idx: int) -> AttentionSlot:
         """The dispatcher of slot `layer_idx`."""

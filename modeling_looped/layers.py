@@ -120,6 +120,10 @@ class LoopedDecoderLayer(GradientCheckpointingLayer):
         self.post_feedforward_layernorm = norm(has_post)
         mark_output_projections(self)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the half that `compile_blocks` has put here; see `LoopedAttention.__getstate__`."""
+        return {name: value for name, value in super().__getstate__().items() if name != "feed_forward"}
+
     def forward(
         self,
         hidden_states: Tensor,

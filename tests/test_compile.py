@@ -4,6 +4,8 @@ The graphs are counted by a backend that runs them as traced, or by dynamo's own
 backward, and one slow test goes through inductor.
 """
 
+import copy
+import pickle
 from collections.abc import Iterator
 
 import pytest
@@ -89,6 +91,25 @@ def test_compiled_blocks_have_the_gradients_of_plain_ones(variant):
             each(tokens, labels=tokens, num_loops=num_loops).loss.backward()
         for (name, weight), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
             torch.testing.assert_close(weight.grad, expected.grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("variant", ["parcae", "shared"])
+def test_a_copy_of_compiled_blocks_has_weights_of_its_own(variant):
+    """`copy.deepcopy` is how trainers make reference models; a copy is not compiled."""
+    model, tokens = tiny_model(**VARIANTS[variant]), random_tokens()
+    model.compile_blocks(backend="eager")
+    with torch.no_grad():
+        expected = model(tokens).logits
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.5)
+        assert_close(twin(tokens).logits, expected)
+        twin(tokens, labels=tokens).loss.backward()
+        assert all(parameter.grad is None for parameter in model.parameters())
+        with torch.no_grad():
+            for parameter, ours in zip(twin.parameters(), model.parameters(), strict=True):
+                ours.copy_(parameter)
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
