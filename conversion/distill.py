@@ -7,6 +7,7 @@
 Any value of the recipe can be overridden. The same command goes on where a run stopped.
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -35,20 +36,50 @@ def make_student(run: RunConfig, args: DistillationConfig) -> str:
     """
     if not isinstance(run.student, dict):
         return str(run.student)
-    program, options = run.student["program"], run.student["options"]
+    program = run.student["program"]
     if program not in PROGRAMS:
         raise ValueError(f"student: program={program!r} must be one of: {', '.join(PROGRAMS)}.")
     start = Path(str(args.output_dir)) / "start"
     with args.main_process_first(desc="making the student"):
-        if not (start / MANIFEST).is_file():
-            given = {"teacher": args.teacher_model_name_or_path, "output": start, **options}
-            if args.teacher_gguf_file is not None:
-                given["gguf-file"] = args.teacher_gguf_file
+        if (start / MANIFEST).is_file():
+            check_same_start(start, run.student)
+        else:
+            start.parent.mkdir(parents=True, exist_ok=True)
+            note_of(start).write_text(json.dumps(run.student, indent=2) + "\n", encoding="utf-8")
+            options = options_of(run, args, start)
             if options.get("adapter") == "fitted" and "calibration" not in options:
-                given["calibration"] = calibration_text(run, args)
-            if PROGRAMS[program](command_line(given)):
+                options["calibration"] = calibration_text(run, args)
+            if PROGRAMS[program](command_line(options)):
                 raise ValueError(f"student: {program}.py could not make it.")
     return str(start)
+
+
+def options_of(run: RunConfig, args: DistillationConfig, start: Path) -> dict[str, Any]:
+    """The options of the program that makes the student in `start` from this run's teacher."""
+    student: Any = run.student
+    return {
+        "teacher": args.teacher_model_name_or_path,
+        "gguf-file": args.teacher_gguf_file,
+        "revision": args.teacher_model_revision,
+        "output": start,
+        **student["options"],
+    }
+
+
+def note_of(start: Path) -> Path:
+    """The file beside a student that says how the recipe had it made."""
+    return start.with_name(f"{start.name}.json")
+
+
+def check_same_start(start: Path, student: dict[str, Any]) -> None:
+    """Raise ValueError if the student in `start` was made in another way than the recipe says."""
+    note = note_of(start)
+    made = json.loads(note.read_text(encoding="utf-8")) if note.is_file() else student
+    if made != json.loads(json.dumps(student)):
+        raise ValueError(
+            f"student={student} is not the one in {str(start)!r}, which was made by {made}: choose another "
+            "output_dir, or remove that folder with the checkpoints of its run."
+        )
 
 
 def calibration_text(run: RunConfig, args: DistillationConfig) -> Path:

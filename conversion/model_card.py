@@ -9,6 +9,7 @@ The card is written as README.md into the model's folder, where the Hub looks fo
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
@@ -30,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--manifest",
         type=Path,
         metavar="FILE",
-        help="manifest of the conversion (the one in the model's folder, if any)",
+        help="manifest of the conversion (the one in the model's folder, or in its start/, if any)",
     )
     add("--license", required=True, help="the Hub's word for it, such as apache-2.0, or other")
     add("--license-name", metavar="NAME", help="of a licence that the Hub does not know")
@@ -51,6 +52,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
+def manifest_of(options: argparse.Namespace) -> dict[str, Any] | None:
+    """The record of the conversion: the file that was named, the model's own, or that of the start of its healing."""
+    if options.manifest is not None:
+        return read_manifest(options.manifest)
+    own, start = options.model / MANIFEST, options.model / "start" / MANIFEST
+    if own.is_file():
+        return read_manifest(own)
+    # loops that were trained before the healing say nothing of it
+    return {**read_manifest(start), "trained_loops": None} if start.is_file() else None
+
+
 def write(options: argparse.Namespace) -> Path:
     """Make the card and write it.
 
@@ -68,8 +80,7 @@ def write(options: argparse.Namespace) -> Path:
         raise ValueError(
             f"model={str(options.model)!r} is of type {config.model_type!r}, and the card is for looped models."
         )
-    place = options.manifest or options.model / MANIFEST
-    manifest = read_manifest(place) if options.manifest or place.is_file() else None
+    manifest = manifest_of(options)
     maps = manifest is not None and ("plan" in manifest or "layers" in manifest)
     fields = CardFields(
         license=options.license,

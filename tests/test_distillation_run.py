@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from itertools import islice
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import yaml
 from killing import killed
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from teachers import tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -121,9 +122,56 @@ def test_killed_at_any_moment_it_goes_on_bit_exactly(streaming, place, finished,
         assert all(torch.equal(value, moments[1][index][key]) for key, value in state.items())
 
 
-def test_other_data_in_the_same_folder_is_refused(place, finished, capsys):
-    assert distill(place, finished, "--max_train_tokens", "512") == 1
-    assert "holds checkpoints of a run with another `data`" in capsys.readouterr().err
+def other_student(place, **options):
+    student = yaml.safe_load((place / "recipe.yaml").read_text())["student"]
+    return json.dumps({**student, "options": {**student["options"], **options}})
+
+
+def test_another_run_in_the_same_folder_is_refused(place, finished, tmp_path, capsys):
+    record, weights = (finished / "run.json").read_bytes(), (finished / "model.safetensors").read_bytes()
+    copied = shutil.copytree(finished / "start", tmp_path / "start")
+    zeroed = {name: tensor * 0 for name, tensor in load_file(copied / "model.safetensors").items()}
+    save_file(zeroed, copied / "model.safetensors", {"format": "pt"})
+    for more, message in (
+        (["--max_train_tokens", "512"], "holds checkpoints of a run with another `data`"),
+        (["--temperature", "3.0"], "holds checkpoints of a run with another `objective`"),
+        (["--student", str(copied)], "holds checkpoints of a run with another `start`"),
+        (["--student_config", '{"num_loops": 3}'], "holds checkpoints of a run with another `start`"),
+        (["--student", other_student(place, gate=0.2)], "is not the one in"),
+    ):
+        assert distill(place, finished, *more) == 1, more
+        assert message in capsys.readouterr().err
+    assert (finished / "run.json").read_bytes() == record
+    assert (finished / "model.safetensors").read_bytes() == weights
+
+
+def test_the_recipe_of_a_finished_run_stays_in_its_record(place, finished):
+    before = json.loads((finished / "run.json").read_text())
+    assert distill(place, finished, "--learning_rate", "1e-4") == 0  # nothing is left to train with it
+    assert json.loads((finished / "run.json").read_text())["recipe"] == before["recipe"]
+
+
+def test_a_teacher_with_other_tokens_is_refused(place, finished, tmp_path, capsys):
+    shutil.copytree(place / "teacher", tmp_path / "teacher")
+    file = tmp_path / "teacher" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    one, other = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+    file.write_text(json.dumps(tokenizer))
+    more = ["--student", str(finished / "start"), "--teacher_model_name_or_path", str(tmp_path / "teacher")]
+    assert distill(place, tmp_path / "out", *more) == 1
+    assert "has another tokenizer than the student" in capsys.readouterr().err
+
+
+def test_the_student_is_made_of_the_teachers_revision(place, tmp_path):
+    import compress
+    import distill as program
+
+    more = ["--teacher_model_revision", "abc123", "--teacher_gguf_file", "a.gguf"]
+    run, args = parse_recipe(arguments(place, tmp_path, *more), CONFIGS)
+    options = compress.parse(program.command_line(program.options_of(run, args, tmp_path / "start")))
+    assert (options.revision, options.gguf_file, options.teacher) == ("abc123", "a.gguf", str(place / "teacher"))
 
 
 @pytest.mark.parametrize(

@@ -113,3 +113,5 @@ def test_folders_and_sizes_that_cannot_be_are_named(tmp_path):
         TargetBlocks(blocks(), tmp_path, **SETTINGS)
     with pytest.raises(ValueError, match="top_k=97 must be less than the vocabulary of 97"):
         compute_targets(lambda: tiny_teacher("llama"), blocks(2), tmp_path, **{**SETTINGS, "top_k": 97})
+    compute_targets(lambda: tiny_teacher("llama"), blocks(2), tmp_path, **SETTINGS)  # the folder is not spoilt
+    assert json.loads((tmp_path / "targets.json").read_text())["top_k"] == SETTINGS["top_k"]

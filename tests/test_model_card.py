@@ -68,7 +68,13 @@ def test_a_card_says_where_the_weights_come_from_what_loops_and_what_it_costs(ma
         assert expected in text
     trained = model_card(config, figures, FIELDS._replace(trained_loops="1-4")).text
     assert "Trained loop counts: 1-4." in trained
-    assert "Trained from scratch" in trained
+    assert "was not recorded" in trained
+    assert "Trained from scratch" not in trained
+    assert "Trained from scratch" in model_card(config, figures, FIELDS._replace(base_model=None)).text
+    healed = {**figures, "run": {**figures["run"], "settings": {"teacher": {"name": "someone/large"}}}}
+    text_of_healed = model_card(config, healed, FIELDS._replace(base_model=None)).text
+    assert "Trained from scratch" not in text_of_healed
+    assert "nats per token (of training: what the distillation minimised): training 4.000" in text_of_healed
     assert "{{" not in text
     assert "None" not in text
 

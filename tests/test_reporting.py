@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,16 @@ def test_the_programs_make_a_report_and_a_card(looped_folder, tmp_path, capsys):
     assert "| core | 2-3 | 2-3 | 2 |" in (tmp_path / "card.md").read_text()
     assert program("model_card").main(list(map(str, arguments))) == 1
     assert "pass --force" in capsys.readouterr().err
+
+    # a healed model has its manifest where it began
+    healed = shutil.copytree(looped_folder / "model", tmp_path / "healed")
+    (healed / "start").mkdir()
+    (healed / "looped_manifest.json").rename(healed / "start" / "looped_manifest.json")
+    arguments = ["--model", healed, *arguments[2:-1], tmp_path / "healed.md"]
+    assert program("model_card").main(list(map(str, arguments))) == 0
+    card = (tmp_path / "healed.md").read_text()
+    assert "SHA-256 of model.safetensors" in card
+    assert "Which loop counts were trained was not recorded." in card
 
 
 def test_the_program_says_what_is_missing(looped_folder, tmp_path, capsys):

@@ -70,7 +70,8 @@ def model_card(
         config: of the model.
         figures: what `report.json` holds.
         fields: what only a person knows.
-        manifest, layers: of the conversion that made the model; `None`: it was trained from scratch.
+        manifest, layers: of the conversion that made the model; `None`: it was trained from scratch, if it has neither
+            a base model nor a teacher.
 
     Raises:
         ValueError: for metadata that the Hub would refuse, as far as that can be told without it.
@@ -82,7 +83,7 @@ def model_card(
         template_path=str(TEMPLATE),
         model_name=figures["name"],
         summary=fields.summary or summary(config, fields),
-        lineage=lineage(fields, manifest),
+        lineage=lineage(fields, manifest, has_teacher(figures.get("run"))),
         layer_map="" if layers is None else layer_map_table(layers, config),
         loops=loops_text(config, fields, manifest),
         repo_id=fields.repo_id,
@@ -172,8 +173,15 @@ def summary(config: LoopedConfig, fields: CardFields) -> str:
     )
 
 
-def lineage(fields: CardFields, manifest: Mapping[str, Any] | None) -> str:
+def has_teacher(run: Mapping[str, Any] | None) -> bool:
+    """Whether a run was a distillation."""
+    return bool(((run or {}).get("settings") or {}).get("teacher"))
+
+
+def lineage(fields: CardFields, manifest: Mapping[str, Any] | None, distilled: bool) -> str:
     """Where the weights come from."""
+    if manifest is None and (distilled or fields.base_model):
+        return "How the weights that training began with were made was not recorded."
     if manifest is None:
         return "Trained from scratch: no other model's weights are in it."
     source = manifest.get("source") or {}
@@ -251,7 +259,9 @@ def training(run: Mapping[str, Any] | None) -> str:
         return "None: the weights are those of the conversion."
     last = ", ".join(f"{name} {curve['y'][-1]:.3f}" for name, curve in run["curves"].items() if curve["y"])
     tokens = max((x for curve in run["curves"].values() for x in curve["x"]), default=0)
-    text = f"{run['steps']} optimiser steps, {tokens:,.0f} {run['axis']}; last losses in nats per token: {last}."
+    objective = " (of training: what the distillation minimised)" if has_teacher(run) else ""
+    text = f"{run['steps']} optimiser steps, {tokens:,.0f} {run['axis']}; "
+    text += f"last losses in nats per token{objective}: {last}."
     settings = dict(run["settings"] or {})
     if isinstance(settings.get("student"), dict):
         settings["student"] = {name: value for name, value in settings["student"].items() if name != "config"}

@@ -195,6 +195,11 @@ def write_report(
     return path
 
 
+def of_training(run: RunLog) -> str:
+    """What a training loss is, where it is no cross-entropy."""
+    return "; of training: what the distillation minimised" if run.settings.get("teacher") else ""
+
+
 def body(report: Report, output: Path) -> str:
     """The sections of the report in Markdown; draws their pictures into `output`."""
     sections = []
@@ -203,7 +208,7 @@ def body(report: Report, output: Path) -> str:
         last = ", ".join(f"{name} {curve.y[-1]:.3f}" for name, curve in report.run.curves.items())
         sections.append(
             f"## Training\n\n{report.run.steps} steps, {report.run.total_flos:.3g} FLOPs as the Trainer counted them. "
-            f"Last losses: {last} (nats per token).\n\n![loss](loss_by_tokens.png)"
+            f"Last losses: {last} (nats per token{of_training(report.run)}).\n\n![loss](loss_by_tokens.png)"
         )
     loops_picture(output / "loss_by_loops.png", report.losses, report.teacher_losses)
     sections.append(

@@ -24,6 +24,20 @@ from .session import train_and_record
 from .targets import TargetBlocks, compute_targets
 from .trainer import DistillationTrainer
 
+#: What a run minimises, which cannot change while it goes on.
+OBJECTIVE = (
+    "stage",
+    "divergence",
+    "beta",
+    "temperature",
+    "cross_entropy_weight",
+    "hidden_weight",
+    "hidden_loss",
+    "hidden_granularity",
+    "layer_map",
+    "trainable",
+)
+
 
 def distill(
     run: RunConfig,
@@ -57,11 +71,15 @@ def distill(
     check_attention(source.config, run.student_attn_implementation, "student_attn_implementation")
     teacher_files = teacher_of(args)
     tokenizer = source.tokenizer()
+    if teacher_files is not None:
+        check_same_tokens(tokenizer, teacher_files)
     train, evaluations = run_data(run, args, tokenizer, report)
     checkpoint = last_checkpoint(output)
     record = new_record("modeling_looped.training.run", run, args, train, evaluations, command)
     record["teacher"] = None if teacher_files is None else teacher_files.provenance()
-    check_same_run(output, record, ("data", "teacher"), resuming=checkpoint is not None)
+    record["start"] = {"sha256": source.provenance()["sha256"], "config": run.student_config}
+    record["objective"] = {name: getattr(args, name) for name in OBJECTIVE}
+    check_same_run(output, record, ("data", "teacher", "start", "objective"), resuming=checkpoint is not None)
 
     if run.teacher_targets is not None:
         with args.main_process_first(desc="computing the teacher's distributions"):
@@ -98,6 +116,24 @@ def distill(
         number = record["parameters"][line]
         report(f"   {line}: {'-' if number is None else f'{number / 1e6:.2f} M'} parameters")
     return train_and_record(trainer, output, record, checkpoint=checkpoint, report=report)
+
+
+def check_same_tokens(tokenizer: Any, files: TeacherFiles) -> None:
+    """Raise ValueError for a teacher whose tokenizer gives a token another id: its distributions would be of others.
+
+    A teacher without a tokenizer is taken at its word, and tokens that only one of the two has may be padding.
+    """
+    try:
+        other = files.tokenizer()
+    except (OSError, ValueError):
+        return
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    unlike = next((token for token, number in ours.items() if theirs.get(token, number) != number), None)
+    if unlike is not None:
+        raise ValueError(
+            f"teacher_model_name_or_path={files.name!r} has another tokenizer than the student: {unlike!r} is token "
+            f"{theirs[unlike]} there and {ours[unlike]} here. Distillation compares distributions token by token."
+        )
 
 
 def with_targets(

@@ -57,6 +57,7 @@ def train_and_record(
         metrics = {name: value for name, value in metrics.items() if not name.startswith("train_")}
         metrics |= {name: value for name, value in known.get("metrics", {}).items() if name.startswith("train_")}
         speed = known.get("tokens_per_second")
+        record = {**record, **{name: known[name] for name in ("recipe", "command") if name in known}}
     metrics |= trainer.evaluate() if trainer.eval_dataset else {}
     trainer.save_model()
     trainer.save_state()

@@ -26,6 +26,9 @@ from .losses import TopK
 #: Says what the folder holds, and of which teacher and data.
 DESCRIPTION = "targets.json"
 
+#: Its files.
+FILES = "targets-*.safetensors"
+
 #: Blocks in one file; a file is the unit in which an interrupted computation goes on.
 BLOCKS_PER_FILE = 64
 
@@ -61,11 +64,8 @@ def compute_targets(
     """
     description = describe(blocks, teacher, top_k, temperature)
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / DESCRIPTION
-    if path.is_file():
+    if any(folder.glob(FILES)):  # else nothing was computed for whatever the folder was begun with
         check_description(folder, description)
-    else:
-        write_whole(path, lambda place: place.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8"))
     model = None
     total = -(-len(blocks) // BLOCKS_PER_FILE)
     for number in range(total):
@@ -76,6 +76,8 @@ def compute_targets(
             model = load_teacher().requires_grad_(False).eval()
             if top_k >= model.config.vocab_size:
                 raise ValueError(f"top_k={top_k} must be less than the vocabulary of {model.config.vocab_size}.")
+            text = json.dumps(description, indent=2) + "\n"
+            write_whole(folder / DESCRIPTION, lambda place, text=text: place.write_text(text, encoding="utf-8"))
         rows = range(number * BLOCKS_PER_FILE, min((number + 1) * BLOCKS_PER_FILE, len(blocks)))
         parts = []
         for start in range(rows.start, rows.stop, batch_size):
