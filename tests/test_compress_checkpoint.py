@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,31 @@ def test_what_cannot_work_is_said_and_nothing_is_written(main, files, tmp_path, 
     assert main(arguments(files, tmp_path / "out", *options)) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+FIND = ("--find", "cheapest", "--dropped", "2", "--looped", "2")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--rank", "2", "--adapter", "fitted", "--align", "neurons"), "alignment='neurons' must be 'none' with"),
+        (("--gate", "2"), "loop_update: type 'gated': initial_gate=2.0 must lie strictly between 0 and 1"),
+        (("--rank", "-1"), "rank=-1 must be at least 0"),
+        (("--merge", "least_squares"), "merge='least_squares', adapter='svd': pass a calibration"),
+        (("--rank", "2", "--adapter", "weighted_svd"), "merge='average', adapter='weighted_svd': pass a calibration"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_go_together_are_refused_before_any_weight_is_read(
+    main, files, tmp_path, capsys, options, message
+):
+    config_only = tmp_path / "teacher"
+    config_only.mkdir()
+    shutil.copy(files / "teacher" / "config.json", config_only)
+    how = SIZES if "pass a calibration" in message else (*FIND, *calibrated(files))
+    assert main(arguments(files, tmp_path / "out", *how, *options, "--teacher", str(config_only))) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_the_held_out_text_cannot_be_the_calibration(main, files, tmp_path, capsys):

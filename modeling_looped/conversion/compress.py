@@ -16,7 +16,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from modeling_looped.configuration_looped import LoopedConfig
 from modeling_looped.families import family_of
-from modeling_looped.loop_update import LoopUpdate
+from modeling_looped.loop_update import LOOP_UPDATES, LoopUpdate
 from modeling_looped.modeling_looped import LoopedForCausalLM
 from modeling_looped.state_map import filled
 
@@ -83,12 +83,10 @@ def compress(
     Raises:
         ValueError: for a plan or option that does not fit; names it and what is allowed.
     """
-    weighs = check_options(rank, merge, adapter, alignment, calibration)
+    weighs = check_options(rank, merge, adapter, alignment, loop_update, calibrated=calibration is not None)
     fits = rank > 0 and adapter in FITTED
     if fits and not windows:
         raise ValueError(f"adapter={adapter!r}: pass windows, the text on which it fits.")
-    if fits and alignment != "none":
-        raise ValueError(f"alignment={alignment!r} must be 'none' with adapter={adapter!r}, which solves per loop.")
     if calibration is not None:
         unseen = sorted({layer for group in plan.core for layer in group} - calibration.layers)
         if unseen and weighs:
@@ -249,8 +247,18 @@ def own_parameters(skeleton: LoopedForCausalLM) -> dict[str, Tensor]:
     return {f"model.loop_update.{name}": tensor for name, tensor in update.state_dict().items()}
 
 
-def check_options(rank: int, merge: str, adapter: str, alignment: str, calibration: Calibration | None) -> bool:
-    """Whether these options weigh by a calibration; raises ValueError for one that does not exist, or lacks it."""
+def check_options(
+    rank: int, merge: str, adapter: str, alignment: str, loop_update: dict | str, *, calibrated: bool
+) -> bool:
+    """Whether these options weigh by a calibration. Looks at no weight, so that it can run before any are loaded.
+
+    Args:
+        rank, merge, adapter, alignment, loop_update: as in `compress`.
+        calibrated: whether there is a calibration, or will be.
+
+    Raises:
+        ValueError: for a value that does not exist, options that do not go together, or a calibration that lacks.
+    """
     if rank < 0:
         raise ValueError(f"rank={rank} must be at least 0.")
     for name, value, allowed in (
@@ -260,9 +268,12 @@ def check_options(rank: int, merge: str, adapter: str, alignment: str, calibrati
     ):
         if value not in allowed:
             raise ValueError(f"{name}={value!r} must be one of: {', '.join(allowed)}.")
+    if rank > 0 and adapter in FITTED and alignment != "none":
+        raise ValueError(f"alignment={alignment!r} must be 'none' with adapter={adapter!r}, which solves per loop.")
     weighs = merge in CALIBRATED_MERGES or (rank > 0 and adapter == "weighted_svd")
-    if weighs and calibration is None:
+    if weighs and not calibrated:
         raise ValueError(f"merge={merge!r}, adapter={adapter!r}: pass a calibration, which weighs the errors.")
+    LOOP_UPDATES.normalise(loop_update)
     return weighs
 
 

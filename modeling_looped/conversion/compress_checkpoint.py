@@ -18,7 +18,7 @@ from modeling_looped.training.data import Source
 
 from .calibration import Calibration, calibrate
 from .checkpoint import Steps, check_device, write_result
-from .compress import FITTED, compress
+from .compress import FITTED, check_options, compress
 from .layer_plan import LayerPlan
 from .manifest import versions
 from .merging import CALIBRATED_MERGES, InitialError
@@ -85,6 +85,8 @@ def compress_checkpoint(
     step = Steps(report)
     check_output(output, overwrite=overwrite)
     check_device(device)
+    # again in `compress`, but that comes only after the search for a plan, which may take hours
+    check_options(rank, merge, adapter, alignment, loop_update, calibrated=calibration_text is not None)
     if adapter in FITTED and rank and calibration_text is None:
         raise ValueError(f"adapter={adapter!r} needs calibration_text, on which it fits.")
     if calibration_tokens < 1:
