@@ -49,7 +49,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--looped", type=int, metavar="R", help="with --find drop or cheapest: how many layers around the gap loop")
     add("--rank", type=int, default=0, help="of the low-rank difference per loop; 0: none (%(default)s)")
     add("--merge", choices=sorted(MERGES), default="average", help="rule for the shared weights (%(default)s)")
-    add("--adapter", choices=ADAPTERS, default="svd", help="how the low-rank differences are found (%(default)s)")
+    add("--adapter", choices=ADAPTERS, default="svd", help="with --rank: how they are found (%(default)s)")
     add("--align", dest="alignment", choices=ALIGNMENTS, default="none", help="reorder before merging (%(default)s)")
     add("--gate", type=float, metavar="G", help="let loops after the first enter through a gate that starts at G")
     add("--calibration", dest="calibration_text", type=Path, metavar="FILE", help="text to calibrate on")
@@ -84,6 +84,11 @@ def check(options: argparse.Namespace) -> None:
     for name, partner, present in partners:
         if getattr(options, name) is not None and not present:
             raise ValueError(f"--{name} {getattr(options, name)} goes with {partner} only.")
+    if options.order != "cycle" and not (ways[0] or options.find == "middle"):
+        raise ValueError(
+            f"--order {options.order} goes with --prelude --core --coda or --find middle only: elsewhere the looping "
+            "layers run as they lie in the teacher."
+        )
 
 
 def plan(options: argparse.Namespace, num_layers: int, calibration: Calibration | None) -> LayerPlan:

@@ -108,6 +108,14 @@ def test_layers_are_found_from_activations(main, files, tmp_path, options):
         ((*SIZES, "--loop", "1,4"), "--loop 1,4 goes with --keep only"),
         ((*SIZES, "--dropped", "2"), "--dropped 2 goes with --find drop or --find cheapest only"),
         ((*SIZES, "--looped", "2"), "--looped 2 goes with --find drop or --find cheapest only"),
+        ((*SIZES, "--adapter", "weighted_svd"), "adapter='weighted_svd' has no effect with rank=0"),
+        ((*SIZES, "--adapter", "fitted"), "adapter='fitted' has no effect with rank=0"),
+        (
+            ("--keep", "0-5", "--loop", "1", "--order", "sequence"),
+            "--order sequence goes with --prelude --core --coda",
+        ),
+        (("--find", "drop", "--dropped", "2", "--looped", "2", "--order", "sequence"), "--order sequence goes with"),
+        (("--find", "cheapest", "--dropped", "2", "--looped", "2", "--order", "sequence"), "--order sequence goes"),
         ((*SIZES, "--calibration-tokens", "0"), "calibration_tokens=0 must be at least 1"),
     ],
 )

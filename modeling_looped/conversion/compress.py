@@ -62,7 +62,8 @@ def compress(
     Args:
         teacher: a stacked causal language model (Llama, Mistral, Qwen 2 or 3, OLMo 2), not quantised.
         plan: which layers become which.
-        rank: of the low-rank difference of every shared projection in every loop; 0: none.
+        rank: of the low-rank difference of every shared projection in every loop; 0: none, and then `adapter` must be
+            `svd`, its default.
         merge: how a shared weight comes from those it stands for: `average`, `first`, `last`, `middle` or
             `least_squares`.
         adapter: `svd`, nearest to the lost weights; `weighted_svd`, nearest in what they do to the inputs that
@@ -84,7 +85,7 @@ def compress(
         ValueError: for a plan or option that does not fit; names it and what is allowed.
     """
     weighs = check_options(rank, merge, adapter, alignment, loop_update, calibrated=calibration is not None)
-    fits = rank > 0 and adapter in FITTED
+    fits = adapter in FITTED
     if fits and not windows:
         raise ValueError(f"adapter={adapter!r}: pass windows, the text on which it fits.")
     if calibration is not None:
@@ -268,9 +269,11 @@ def check_options(
     ):
         if value not in allowed:
             raise ValueError(f"{name}={value!r} must be one of: {', '.join(allowed)}.")
-    if rank > 0 and adapter in FITTED and alignment != "none":
+    if rank == 0 and adapter != "svd":
+        raise ValueError(f"adapter={adapter!r} has no effect with rank=0: set the rank of the low-rank differences.")
+    if adapter in FITTED and alignment != "none":
         raise ValueError(f"alignment={alignment!r} must be 'none' with adapter={adapter!r}, which solves per loop.")
-    weighs = merge in CALIBRATED_MERGES or (rank > 0 and adapter == "weighted_svd")
+    weighs = merge in CALIBRATED_MERGES or adapter == "weighted_svd"
     if weighs and not calibrated:
         raise ValueError(f"merge={merge!r}, adapter={adapter!r}: pass a calibration, which weighs the errors.")
     LOOP_UPDATES.normalise(loop_update)

@@ -87,7 +87,7 @@ def compress_checkpoint(
     check_device(device)
     # again in `compress`, but that comes only after the search for a plan, which may take hours
     check_options(rank, merge, adapter, alignment, loop_update, calibrated=calibration_text is not None)
-    if adapter in FITTED and rank and calibration_text is None:
+    if adapter in FITTED and calibration_text is None:
         raise ValueError(f"adapter={adapter!r} needs calibration_text, on which it fits.")
     if calibration_tokens < 1:
         raise ValueError(f"calibration_tokens={calibration_tokens} must be at least 1.")
