@@ -344,6 +344,88 @@ def test_options_that_make_no_sense_end_with_the_usage_and_status_2(program, wro
     assert wrong[0] in capsys.readouterr().err
 
 
+def test_a_file_of_weights_that_is_cut_short_is_named(program, source, tmp_path, capsys):
+    file = source / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert program.main(["--source", str(source), "--output", str(tmp_path / "looped")]) == 1
+    assert f"import_checkpoint.py: {file} is not a whole safetensors file" in capsys.readouterr().err
+
+
+def test_a_file_of_torch_that_is_cut_short_is_named(tmp_path):
+    source = published_folder("parcae", tmp_path / "published")
+    torch.save(load_file(source / "model.safetensors"), source / "model.pt")
+    (source / "model.safetensors").unlink()
+    (source / "model.pt").write_bytes((source / "model.pt").read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"model\.pt is not a whole file of weights that torch wrote"):
+        import_checkpoint(str(source), tmp_path / "looped")
+
+
+def test_a_recording_that_is_no_safetensors_file_is_named(program, source, tmp_path, capsys):
+    wrong = tmp_path / "wrong.txt"
+    wrong.write_text("What the original said: nothing.", encoding="utf-8")
+    arguments = ["--source", str(source), "--output", str(tmp_path / "looped"), "--verify", str(wrong)]
+    assert program.main(arguments) == 1
+    assert f"recording={str(wrong)!r} is not a whole safetensors file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "named"),
+    [
+        ("ouro", {"input_ids": None}, "the recording lacks input_ids; it holds "),
+        ("ouro", {"logits": None}, "the recording lacks logits; it holds "),
+        ("ouro", {"left.attention_mask": None}, "the recording lacks left.attention_mask; it holds "),
+        ("hrm_text", {"prefix.token_type_ids": None}, "the recording lacks prefix.token_type_ids; it holds "),
+        ("ut_decoder", {"decoder_input_ids": None}, "the recording lacks decoder_input_ids; it holds "),
+        (
+            "ouro",
+            {"logits": torch.zeros(2, 16, 100)},
+            "recording's logits is [2, 16, 100], and the model makes it [2, 16, 128]",
+        ),
+        ("ouro", {"right.logits": torch.zeros(1, 16, 128)}, "recording's right.logits is [1, 16, 128], and the model"),
+        ("ouro", {"input_ids": torch.full((2, 16), 128)}, "input_ids, torch.int64 [2, 16], must be token ids [B, S]"),
+        ("ouro", {"input_ids": torch.ones(2, 16)}, "input_ids, torch.float32 [2, 16], must be token ids [B, S]"),
+        ("ouro", {"input_ids": torch.ones(16, dtype=torch.int64)}, "input_ids, torch.int64 [16], must be token ids"),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
+)
+def test_a_recording_that_cannot_be_compared_with_is_refused_before_a_tensor_is_read(
+    program, name, change, named, tmp_path, capsys
+):
+    source = published_folder(name, tmp_path / "published")
+    changed = {key: tensor for key, tensor in {**recording(name), **change}.items() if tensor is not None}
+    save_file(changed, tmp_path / "recording.safetensors")
+    arguments = ["--source", str(source), "--output", str(tmp_path / "looped")]
+    arguments += [f"--set={key}={json.dumps(value)}" for key, value in SETTINGS.get(name, {}).items()]
+    assert program.main([*arguments, "--verify", str(tmp_path / "recording.safetensors")]) == 1
+    printed = capsys.readouterr()
+    assert named in printed.err
+    assert "writing the weights" not in printed.out
+
+
+def test_recorded_states_of_another_number_of_loops_are_refused(source, tmp_path):
+    original = recording("ouro")
+    save_file({**original, "loop_states": original["loop_states"][:1].clone()}, tmp_path / "recording.safetensors")
+    with pytest.raises(ValueError, match=r"loop_states is \[1, 2, 16, 64\], and the model makes it \[4, 2, 16, 64\]"):
+        import_checkpoint(str(source), tmp_path / "looped", recording=tmp_path / "recording.safetensors")
+    assert not (tmp_path / "looped").exists()
+
+
+def test_answers_to_questions_are_no_logits_to_compare_with(tmp_path):
+    source = published_folder("albert", tmp_path / "published")
+    path = source / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "architectures": ["AlbertForQuestionAnswering"]}))
+    state = load_file(source / "model.safetensors")
+    body = {name: tensor for name, tensor in state.items() if not name.startswith("predictions.")}
+    width = body["albert.encoder.embedding_hidden_mapping_in.weight"].shape[0]
+    save_file(
+        {**body, "qa_outputs.weight": torch.ones(2, width), "qa_outputs.bias": torch.ones(2)},
+        source / "model.safetensors",
+    )
+    with pytest.raises(ValueError, match="a LoopedForQuestionAnswering has none to compare with them"):
+        import_checkpoint(str(source), tmp_path / "looped", recording=FOLDER / "albert" / "io.safetensors")
+    assert not (tmp_path / "looped").exists()
+
+
 @pytest.mark.slow
 def test_both_programs_run_from_the_command_line(tmp_path):
     published_folder("nanbeige", tmp_path / "published")

@@ -197,6 +197,16 @@ def test_files_that_are_not_the_teachers_weights_are_refused_by_their_keys(
     assert not (tmp_path / "looped").exists()
 
 
+def test_a_file_of_weights_that_is_cut_short_is_named(program, teacher_folder, text, tmp_path, capsys):
+    damaged = tmp_path / "teacher"
+    shutil.copytree(teacher_folder, damaged)
+    file = damaged / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    assert program.main(options(damaged, tmp_path / "looped", text)) == 1
+    assert f"retrofit.py: {file} is not a whole safetensors file" in capsys.readouterr().err
+    assert not (tmp_path / "looped").exists()
+
+
 def test_an_unsupported_teacher_is_refused_before_any_weight_is_read(tmp_path, text):
     (tmp_path / "config.json").write_text('{"model_type": "gpt_oss"}')
     with pytest.raises(ValueError, match="model_type='gpt_oss' is not a supported family"):

@@ -95,3 +95,18 @@ def test_the_end_of_a_turn_is_read_from_the_chat_template(template, found):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     assert end_of_turn(tokenizer) == found
+
+
+@pytest.mark.parametrize(
+    ("template", "named"),
+    [
+        ("{{ raise_exception('a system message must come first') }}", "a system message must come first"),
+        ("{% for m in messages %}{{ m['content'] }}", "TemplateSyntaxError"),
+    ],
+    ids=["it refuses", "it is cut short"],
+)
+def test_a_chat_template_that_cannot_be_rendered_is_named(template, named):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=f"chat_template cannot write a question and its answer: .*{named}"):
+        align_special_tokens(*configs({}, {}), tokenizer)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
@@ -20,7 +20,14 @@ from .checkpoint import Steps
 from .companions import GENERATION_CONFIG, bring_companions
 from .manifest import manifest_json, versions
 from .output_folder import MANIFEST, check_output, staged
-from .parity import PARITY_TOLERANCE, Parity, compare_with_recording, refuse_disparity
+from .parity import (
+    PARITY_TOLERANCE,
+    Parity,
+    check_recording,
+    compare_with_recording,
+    read_recording,
+    refuse_disparity,
+)
 from .published import PublishedFamily, SourceConfig, published_family
 from .shard_writer import ShardWriter
 from .stored_tensors import PLAIN_DTYPES, StoredTensors
@@ -74,7 +81,7 @@ def import_checkpoint(
     """
     step = Steps(report)
     check_output(output, overwrite=overwrite)
-    expected = None if recording is None else load_file(recording)
+    expected = None if recording is None else read_recording(recording)
     step(f"looking up {source}")
     files = find_teacher(source, revision=revision, field="source")
     config = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
@@ -87,6 +94,8 @@ def import_checkpoint(
     looped.dtype = dtype or widest_dtype(stored)
     looped.architectures = [model_class.__name__]
     report(f"   {chosen.name}: {len(stored.shapes)} tensors")
+    if expected is not None:
+        check_recording(expected, model_class, looped)
 
     with staged(output) as folder:
         step("writing the weights")

@@ -1,17 +1,27 @@
 """Parity: does the converted model compute what the original did, on the original's own recorded outputs?
 
-B batch, S tokens, D hidden size, T loops.
+B batch, S tokens, D hidden size, T loops, V vocabulary (of a classifier, its labels).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
+from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
+
+from modeling_looped.modeling_looped import (
+    LoopedForQuestionAnswering,
+    LoopedForSequenceClassification,
+    LoopedForTokenClassification,
+)
 
 from .verification import ConversionError, max_difference
 
@@ -34,6 +44,76 @@ class Parity(NamedTuple):
     original_padding: dict[str, float]
 
 
+def read_recording(file: Path) -> dict[str, Tensor]:
+    """The tensors of a recording, for `compare_with_recording`.
+
+    Raises:
+        ValueError: if it is no safetensors file, or lacks what every recording has.
+    """
+    try:
+        recording = load_file(file)
+    except SafetensorError as error:
+        raise ValueError(f"recording={str(file)!r} is not a whole safetensors file: {error}.") from error
+    require(recording, ("input_ids", "logits"))
+    return recording
+
+
+def check_recording(
+    recording: Mapping[str, Tensor], model_class: type[PreTrainedModel], config: PreTrainedConfig
+) -> None:
+    """Check that a model of this class and config can be compared with the recording, before there is one.
+
+    Raises:
+        ValueError: for tensors that are missing or of another shape, and token ids that have no embedding; names them.
+    """
+    if issubclass(model_class, LoopedForQuestionAnswering):
+        raise ValueError(f"the recording holds logits, and a {model_class.__name__} has none to compare with them.")
+    reader: Any = config.encoder if config.is_encoder_decoder else config
+    writer: Any = config.decoder if config.is_encoder_decoder else config
+    vocabularies = {"input_ids": reader.vocab_size}
+    if config.is_encoder_decoder:
+        vocabularies["decoder_input_ids"] = writer.vocab_size
+    padded = [side for side in ("left", "right") if f"{side}.input_ids" in recording]
+    vocabularies |= {f"{side}.input_ids": reader.vocab_size for side in padded}
+    require(recording, list(vocabularies))
+    for name, vocabulary in vocabularies.items():
+        tokens = recording[name]
+        numbers = tokens.ndim == 2 and tokens.numel() and not tokens.is_floating_point()
+        if not numbers or tokens.min() < 0 or tokens.max() >= vocabulary:
+            raise ValueError(
+                f"the recording's {name}, {tokens.dtype} {list(tokens.shape)}, must be token ids [B, S] in "
+                f"0..{vocabulary - 1}, the vocabulary of the config."
+            )
+
+    classifies = issubclass(model_class, LoopedForSequenceClassification | LoopedForTokenClassification)
+    width = writer.num_labels if classifies else writer.vocab_size
+    read = recording["input_ids"].shape
+    written = recording["decoder_input_ids"].shape if config.is_encoder_decoder else read
+    pools = issubclass(model_class, LoopedForSequenceClassification)
+    shapes = {"logits": (written[0], width) if pools else (*written, width)}
+    for side in padded:
+        shape = recording[f"{side}.input_ids"].shape
+        shapes |= {f"{side}.attention_mask": shape, f"{side}.logits": (*shape, width)}
+    if "prefix.logits" in recording:
+        shapes |= {"prefix.token_type_ids": read, "prefix.logits": (*read, width)}
+    require(recording, list(shapes))
+    for name, shape in shapes.items():
+        refuse_shape(name, recording[name], shape)
+
+
+def require(recording: Mapping[str, Tensor], names: Sequence[str]) -> None:
+    """Raise ValueError if the recording lacks one of these tensors; names those it has."""
+    missing = [name for name in names if name not in recording]
+    if missing:
+        raise ValueError(f"the recording lacks {', '.join(missing)}; it holds {', '.join(recording) or 'nothing'}.")
+
+
+def refuse_shape(name: str, recorded: Tensor, shape: Sequence[int]) -> None:
+    """Raise ValueError for a recorded tensor of another shape than the model's."""
+    if tuple(recorded.shape) != tuple(shape):
+        raise ValueError(f"the recording's {name} is {list(recorded.shape)}, and the model makes it {list(shape)}.")
+
+
 @torch.no_grad()
 def compare_with_recording(model: PreTrainedModel, recording: Mapping[str, Tensor]) -> Parity:
     """Run `model` (float32) on what the original was run on.
@@ -54,6 +134,9 @@ def compare_with_recording(model: PreTrainedModel, recording: Mapping[str, Tenso
     original = {"logits": max_difference(output.logits, recording["logits"])}
     if states:
         ours = torch.stack(output.loop_hidden_states[1:])
+        refuse_shape(
+            "loop_states", recording["loop_states"], ours.shape
+        )  # else one loop is compared with each of ours
         original["loop_states"] = max_difference(ours, recording["loop_states"])
     if "prefix.logits" in recording:
         prefixed = run(model, tokens, start, token_type_ids=recording["prefix.token_type_ids"])
@@ -99,4 +182,11 @@ def refuse_disparity(parity: Parity, tolerance: float) -> None:
     )
 
 
-__all__ = ["PARITY_TOLERANCE", "Parity", "compare_with_recording", "refuse_disparity"]
+__all__ = [
+    "PARITY_TOLERANCE",
+    "Parity",
+    "check_recording",
+    "compare_with_recording",
+    "read_recording",
+    "refuse_disparity",
+]

@@ -6,6 +6,7 @@ generation does not stop, or training masks the wrong label; so a conversion bri
 
 from __future__ import annotations
 
+from jinja2.exceptions import TemplateError
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.generation import GenerationConfig
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
@@ -23,7 +24,7 @@ def align_special_tokens(
         one line per change, and one for what is consistent but unwise.
 
     Raises:
-        ValueError: for an id that the model has no embedding for.
+        ValueError: for an id that the model has no embedding for, or a chat template that cannot be rendered.
     """
     bos = settled("bos_token_id", config, generation_config, tokenizer)
     pad = settled("pad_token_id", config, generation_config, tokenizer)
@@ -67,12 +68,23 @@ def configured_ids(name: str, config: PreTrainedConfig, generation_config: Gener
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The special token that the chat template puts behind an assistant's message; empty: no template, or no token."""
+    """The special token that the chat template puts behind an assistant's message; empty: no template, or no token.
+
+    Raises:
+        ValueError: for a template that cannot be rendered.
+    """
     if not tokenizer.chat_template:
         return []
     answer = "An answer."
     turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": answer}]
-    _, _, behind = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(answer)
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except TemplateError as error:
+        raise ValueError(
+            f"the tokenizer's chat_template cannot write a question and its answer: {type(error).__name__}: {error}. "
+            "Mend it, or leave it out of the source folder to convert the model without it."
+        ) from error
+    _, _, behind = text.rpartition(answer)
     tokens = tokenizer(behind.lstrip(), add_special_tokens=False).input_ids
     return [token for token in tokens[:1] if token in tokenizer.all_special_ids]
 

@@ -10,10 +10,11 @@ import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 #: Names of the weight files, in the order in which they are looked for; each may also be an index of shards.
@@ -48,7 +49,7 @@ class StoredTensors:
         files: name of each weight file -> names of its tensors.
 
     Raises:
-        ValueError: if there are no weights in a known layout, or an index and its files disagree.
+        ValueError: if there are no weights in a known layout, a file is cut short, or an index and its files disagree.
     """
 
     def __init__(self, folder: Path):
@@ -116,12 +117,30 @@ class StoredTensors:
 
     def _mapped(self, path: Path) -> Any:
         if self.is_safetensors:
-            return safe_open(path, framework="pt")
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return opened_safetensors(path)
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, EOFError, UnpicklingError) as error:
+            raise ValueError(f"{path} is not a whole file of weights that torch wrote: {error}") from error
         foreign = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
         if foreign:
             raise ValueError(f"{path} is no flat state dict: these are not tensors: {', '.join(foreign[:20])}.")
         return state
+
+
+def opened_safetensors(path: Path) -> Any:
+    """A safetensors file, memory-mapped.
+
+    Raises:
+        ValueError: if it is something else, or a part of one; names it.
+    """
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a whole safetensors file: {error}. Was its download cut short, or does it stand for a "
+            "file of Git LFS that was not fetched?"
+        ) from error
 
 
 def weight_files(folder: Path) -> tuple[str, list[str], dict[str, str]]:
@@ -138,4 +157,4 @@ def weight_files(folder: Path) -> tuple[str, list[str], dict[str, str]]:
     raise ValueError(f"{folder} holds no weights: none of {', '.join(WEIGHT_FILES)}, nor an index of one of them.")
 
 
-__all__ = ["PLAIN_DTYPES", "StoredTensors"]
+__all__ = ["PLAIN_DTYPES", "StoredTensors", "opened_safetensors"]

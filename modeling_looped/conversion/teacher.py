@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
+
+from .stored_tensors import opened_safetensors
 
 TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
 
@@ -54,12 +57,17 @@ class TeacherFiles:
 
         Raises:
             ValueError: if the files lack a weight, which Transformers would draw at random, or hold one that the model
-                does not read; names them.
+                does not read, or if one of them is cut short; names them.
         """
         unpack = {"quantization_config": GgufConfig(dequantize=True)} if self.gguf_file else {}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            self.folder, config=self.config, dtype=dtype, output_loading_info=True, **self._gguf, **unpack
-        )
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                self.folder, config=self.config, dtype=dtype, output_loading_info=True, **self._gguf, **unpack
+            )
+        except SafetensorError as error:  # it does not say which file
+            for path in sorted(self.folder.glob("*.safetensors")):
+                opened_safetensors(path)
+            raise ValueError(f"the weights in teacher={self.name!r} cannot be read: {error}.") from error
         model, loading = loaded
         problems = {kind: loading[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         if any(problems.values()):
