@@ -27,6 +27,7 @@ def main():
 def files(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("compress")
     save_teacher(folder / "teacher")
+    (folder / "teacher" / "LICENSE").write_text("the teacher's", encoding="utf-8")
     (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     (folder / "calibration.txt").write_text(CALIBRATION, encoding="utf-8")
     return folder
@@ -154,6 +155,11 @@ def test_the_held_out_text_cannot_be_the_calibration(main, files, tmp_path, caps
     options = [*SIZES, "--calibration", str(files / "text.txt")]
     assert main(arguments(files, tmp_path / "out", *options)) == 1
     assert "is the held-out text" in capsys.readouterr().err
+
+
+def test_the_teachers_licence_comes_along(main, files, tmp_path):
+    assert main(arguments(files, tmp_path / "out", *SIZES)) == 0
+    assert (tmp_path / "out" / "LICENSE").read_text(encoding="utf-8") == "the teacher's"
 
 
 def test_an_earlier_result_is_replaced_only_when_told(main, files, tmp_path, capsys):

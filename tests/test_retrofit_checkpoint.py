@@ -64,6 +64,17 @@ def test_tokenizer_and_chat_template_come_along(teacher_folder, text, tmp_path):
     )
 
 
+def test_the_teachers_licence_comes_along(teacher_folder, text, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teacher_folder, teacher)
+    (teacher / "LICENSE.txt").write_text("the teacher's", encoding="utf-8")
+    (teacher / "NOTICE").write_text("whose it is", encoding="utf-8")
+    made = retrofit_checkpoint(str(teacher), tmp_path / "looped", text=text, **SPLIT)
+    assert (tmp_path / "looped" / "LICENSE.txt").read_text(encoding="utf-8") == "the teacher's"
+    assert (tmp_path / "looped" / "NOTICE").read_text(encoding="utf-8") == "whose it is"
+    assert made.manifest["source"]["sha256"].keys() >= {"LICENSE.txt", "NOTICE"}
+
+
 def test_the_manifest_says_what_was_done(teacher_folder, text, tmp_path):
     output = tmp_path / "looped"
     made = retrofit_checkpoint(str(teacher_folder), output, text=text, command="retrofit.py ...", **SPLIT)

@@ -14,6 +14,7 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from modeling_looped.configuration_looped import LoopedConfig
 from modeling_looped.modeling_looped import LoopedForCausalLM
 
+from .companions import LICENCE_FILES, copy_files
 from .manifest import manifest_json, retrofit_manifest
 from .output_folder import MANIFEST, check_output, staged
 from .retrofit import identity_loops, retrofit, retrofit_config
@@ -143,18 +144,26 @@ def retrofit_checkpoint(
             "text": {"file": text.name, "sha256": sha256(text)},
         },
     }
-    write_result(output, looped, tokenizer, manifest)
+    write_result(output, looped, tokenizer, manifest, teacher)
     step("done")
     return Retrofitted(looped, tokenizer, manifest)
 
 
 def write_result(
-    output: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, manifest: dict[str, Any]
+    output: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    manifest: dict[str, Any],
+    teacher: TeacherFiles,
 ) -> None:
-    """Write model, tokenizer and manifest to `output`, whole or not at all; adds the weights' hashes to `manifest`."""
+    """Write model, tokenizer, manifest and the teacher's licence to `output`, whole or not at all.
+
+    Adds the weights' hashes to `manifest`.
+    """
     with staged(output) as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        copy_files(teacher.folder, folder, LICENCE_FILES)  # most licences ask that they travel with what is derived
         manifest["sha256"] = {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
         (folder / MANIFEST).write_text(manifest_json(manifest), encoding="utf-8")
 

@@ -15,7 +15,7 @@ from modeling_looped.configuration_looped import FOREIGN_LOOP_NAMES
 
 from .special_tokens import align_special_tokens
 
-#: Files that tokenizers of Transformers are read from, and what else a reader of the checkpoint needs.
+#: Files that tokenizers of Transformers are read from.
 TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
@@ -28,7 +28,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-OTHER_FILES = ("LICENSE*", "NOTICE*")
+LICENCE_FILES = ("LICENSE*", "NOTICE*")
 GENERATION_CONFIG = "generation_config.json"
 
 
@@ -41,7 +41,7 @@ def bring_companions(source: Path, target: Path, config: PreTrainedConfig) -> li
     Returns:
         one line per change.
     """
-    copy_files(source, target, (*TOKENIZER_FILES, *OTHER_FILES))
+    copy_files(source, target, (*TOKENIZER_FILES, *LICENCE_FILES))
     lines: list[str] = []
     generation_config = read_generation_config(source, config, lines)
     if any((target / name).is_file() for name in TOKENIZER_FILES):
@@ -96,4 +96,4 @@ def read_generation_config(source: Path, config: PreTrainedConfig, lines: list[s
     return generation_config
 
 
-__all__ = ["GENERATION_CONFIG", "TOKENIZER_FILES", "bring_companions", "copy_files"]
+__all__ = ["GENERATION_CONFIG", "LICENCE_FILES", "TOKENIZER_FILES", "bring_companions", "copy_files"]

@@ -179,7 +179,7 @@ def compress_checkpoint(
             "text": {"file": text.name, "sha256": sha256(text)},
         },
     }
-    write_result(output, model, tokenizer, manifest)
+    write_result(output, model, tokenizer, manifest, teacher)
     step("done: the model is only a start, and reads badly until it is trained")
     return CompressedCheckpoint(model, tokenizer, manifest)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from modeling_looped.depth_sampling import STEP
 
 from .checkpoint import Steps
-from .companions import GENERATION_CONFIG, OTHER_FILES, TOKENIZER_FILES, copy_files
+from .companions import GENERATION_CONFIG, LICENCE_FILES, TOKENIZER_FILES, copy_files
 from .importing import ASIDE, described, our_shapes
 from .output_folder import MANIFEST, check_output, staged
 from .published import PUBLISHED
@@ -81,7 +81,7 @@ def export_checkpoint(
         write_json(folder / "config.json", original["config"])
         if original["generation_config"] is not None:
             write_json(folder / GENERATION_CONFIG, original["generation_config"])
-        copy_files(source, folder, (*TOKENIZER_FILES, *OTHER_FILES))
+        copy_files(source, folder, (*TOKENIZER_FILES, *LICENCE_FILES))
     step(f"saved to {output}")
 
 

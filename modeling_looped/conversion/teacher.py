@@ -17,9 +17,10 @@ from transformers.configuration_utils import PreTrainedConfig
 from transformers.modeling_utils import PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
+from .companions import LICENCE_FILES
 from .stored_tensors import opened_safetensors
 
-TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", "LICENSE*", "NOTICE*")
+TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.txt", *LICENCE_FILES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +131,7 @@ def download(name: str, gguf_file: str | None, revision: str | None, field: str)
     """The snapshot folder of a Hub repository, with the files that a teacher needs and no others."""
     try:
         if gguf_file is not None:
-            return Path(snapshot_download(name, revision=revision, allow_patterns=[gguf_file]))
+            return Path(snapshot_download(name, revision=revision, allow_patterns=[gguf_file, *LICENCE_FILES]))
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*TEXT_FILES, "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
             folder = Path(
