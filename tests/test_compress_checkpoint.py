@@ -10,6 +10,12 @@ from helpers import assert_close, random_tokens
 from teachers import save_teacher
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from modeling_looped.conversion import text_windows
+from modeling_looped.conversion.calibration import calibrate
+from modeling_looped.conversion.compress import compress
+from modeling_looped.conversion.compress_checkpoint import beginning
+from modeling_looped.conversion.layer_plan import shared_plan
+
 PROGRAM = Path(__file__).parents[1] / "conversion" / "compress.py"
 TEXT = "The cat sat on the mat. The other cat sat there too, and then the first one left. " * 3
 CALIBRATION = "Then the dog came, and the cats sat on the roof until the dog had gone home again. " * 3
@@ -160,6 +166,40 @@ def test_the_held_out_text_cannot_be_the_calibration(main, files, tmp_path, caps
 def test_the_teachers_licence_comes_along(main, files, tmp_path):
     assert main(arguments(files, tmp_path / "out", *SIZES)) == 0
     assert (tmp_path / "out" / "LICENSE").read_text(encoding="utf-8") == "the teacher's"
+
+
+def test_of_a_long_text_only_the_beginning_is_read_and_calibrates_as_the_whole_would(main, files, tmp_path):
+    """The windows of a text are about equal, so that they depend on its length; those of a very long one are full."""
+    whole = "".join(f"Cat {number} sat on the mat. " for number in range(20_000))
+    long = tmp_path / "long.txt"
+    long.write_text(whole, encoding="utf-8")
+    seen = beginning(long, 600)
+    assert len(seen) == 12 * 600
+    assert whole.startswith(seen)
+    assert len(beginning(long, 1)) == 12 * 512
+
+    teacher = AutoModelForCausalLM.from_pretrained(files / "teacher")
+    tokenizer = AutoTokenizer.from_pretrained(files / "teacher")
+    windows = text_windows(tokenizer, whole, length=256)[:2]
+    calibration = calibrate(teacher, windows)
+    expected = compress(teacher, shared_plan(1, 2, 1, 2), merge="least_squares", calibration=calibration).model
+    options = [*SIZES, "--merge", "least_squares", "--calibration", str(long), "--calibration-tokens", "600"]
+    assert main(arguments(files, tmp_path / "out", *options)) == 0
+    looped = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    tokens = random_tokens(vocab_size=300)
+    assert_close(looped(tokens).logits, expected(tokens).logits)
+    manifest = json.loads((tmp_path / "out" / "looped_manifest.json").read_text(encoding="utf-8"))
+    assert manifest["calibration"]["tokens"] == sum(window.numel() for window in windows) == 512
+
+
+def test_the_held_out_text_cannot_be_the_calibration_even_where_only_its_beginning_is_read(
+    main, files, tmp_path, capsys
+):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT * 30, encoding="utf-8")
+    options = [*SIZES, "--text", str(text), "--calibration", str(text), "--calibration-tokens", "10"]
+    assert main(arguments(files, tmp_path / "out", *options)) == 1
+    assert "is the held-out text" in capsys.readouterr().err
 
 
 def test_an_earlier_result_is_replaced_only_when_told(main, files, tmp_path, capsys):

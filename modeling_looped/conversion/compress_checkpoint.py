@@ -30,6 +30,12 @@ from .verification import HELD_OUT_TEXT, in_full_precision, loss_by_loops, mean_
 #: More than any tokenizer needs.
 CHARACTERS_PER_TOKEN = 12
 
+#: Tokens that a model reads at once, at most.
+WINDOW = 512
+
+#: Endings of files with a column `text`; any other is one text.
+TABLES = (".json", ".jsonl", ".parquet")
+
 #: Makes the plan once the number of layers and the teacher's calibration are known.
 Planner = Callable[[int, Calibration | None], LayerPlan]
 
@@ -93,9 +99,10 @@ def compress_checkpoint(
         raise ValueError(f"calibration_tokens={calibration_tokens} must be at least 1.")
     content = text.read_text(encoding="utf-8")
     seen_text = None if calibration_text is None else beginning(calibration_text, calibration_tokens)
-    if seen_text == content:
+    if seen_text and content.startswith(seen_text):
         raise ValueError(
-            f"calibration_text={str(calibration_text)!r} is the held-out text: its loss would be too good."
+            f"calibration_text={str(calibration_text)!r} is the held-out text, or its beginning: its loss would be "
+            "too good."
         )
 
     if isinstance(teacher, str):
@@ -106,7 +113,7 @@ def compress_checkpoint(
         planner(layers, None).check(layers)  # what cannot work fails before the weights are loaded
     step("loading the tokenizer and the teacher")
     tokenizer = teacher.tokenizer()
-    length = min(512, teacher.config.max_position_embeddings)
+    length = min(WINDOW, teacher.config.max_position_embeddings)
     held_out = text_windows(tokenizer, content, length=length)
     source = teacher.model(dtype=dtype, device=device)
     for line in align_special_tokens(source.config, source.generation_config, tokenizer):
@@ -114,7 +121,10 @@ def compress_checkpoint(
 
     calibration, windows = None, []
     if seen_text is not None:
-        windows = text_windows(tokenizer, seen_text, length=length)[: max(1, calibration_tokens // length)]
+        windows = text_windows(tokenizer, seen_text, length=length)
+        if len(seen_text) == characters_for(calibration_tokens):  # cut: full windows, as a long text has them
+            windows = list(torch.cat(windows, dim=1).split(length, dim=1))
+        windows = windows[: max(1, calibration_tokens // length)]
         # fitting makes statistics of its own, of the student
         measured = () if adapter in FITTED and merge not in CALIBRATED_MERGES else None
         if searches or measured is None:
@@ -185,14 +195,21 @@ def compress_checkpoint(
 
 
 def beginning(file: Path, tokens: int) -> str:
-    """The first documents of a text file, or of one with a column `text`: enough for `tokens` tokens of any tokenizer.
+    """The beginning of a text file, or the first documents of one with a column `text`: enough for `tokens` tokens of
+    any tokenizer, and of a text file for a window.
 
     Raises:
         ValueError: if it is a table without that column.
     """
-    if file.suffix not in (".json", ".jsonl", ".parquet"):
-        return file.read_text(encoding="utf-8")
+    if file.suffix not in TABLES:
+        with file.open(encoding="utf-8") as opened:
+            return opened.read(characters_for(tokens))
     return "\n\n".join(Source(str(file), streaming=True).beginning(CHARACTERS_PER_TOKEN * tokens))
+
+
+def characters_for(tokens: int) -> int:
+    """Characters of a text that hold `tokens` tokens of any tokenizer, and a window."""
+    return CHARACTERS_PER_TOKEN * max(tokens, WINDOW)
 
 
 def error_table(errors: Sequence[InitialError]) -> list[str]:
