@@ -10,7 +10,7 @@ import torch
 from fixtures.published import FIXTURES, SETTINGS, imported_folder, load, published_folder
 from safetensors.torch import load_file, save_file
 from teachers import tiny_tokenizer
-from transformers import GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
 from modeling_looped.conversion import export_checkpoint, import_checkpoint
 from modeling_looped.conversion.tensor_map import same_bits
@@ -106,6 +106,20 @@ def test_tokenizer_licence_and_the_original_generation_config_come_back(tmp_path
     written, original = (json.loads((folder / "generation_config.json").read_text()) for folder in (back, source))
     assert written == original
     assert not list(back.glob("*.py"))
+
+
+def test_tokenizer_and_licence_that_training_did_not_save_come_from_the_import(tmp_path):
+    source = published_folder("huginn", tmp_path / "published")
+    tiny_tokenizer().save_pretrained(source)
+    (source / "LICENSE").write_text("the original's")
+    import_checkpoint(str(source), tmp_path / "looped")
+    load("huginn", tmp_path / "looped").save_pretrained(tmp_path / "trained")
+    (tmp_path / "trained" / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    export_checkpoint(tmp_path / "trained", tmp_path / "back", like=tmp_path / "looped")
+    back = tmp_path / "back"
+    assert (back / "LICENSE").read_text() == "the original's"
+    assert AutoTokenizer.from_pretrained(back)("the cat sat").input_ids == tiny_tokenizer()("the cat sat").input_ids
+    assert (back / "chat_template.jinja").read_text() == "{{ messages[0]['content'] }}"
 
 
 def test_trained_weights_are_exported_like_the_import_they_came_from(tmp_path):

@@ -36,6 +36,7 @@ def export_checkpoint(
         source: folder with a looped checkpoint.
         output: folder to write; must not exist or be empty.
         like: folder that `import_checkpoint` wrote, whose manifest says what the original was like; `None`: `source`.
+            Tokenizer and licence come from it where `source` has none.
         report: is called with each line of progress.
 
     Raises:
@@ -81,7 +82,8 @@ def export_checkpoint(
         write_json(folder / "config.json", original["config"])
         if original["generation_config"] is not None:
             write_json(folder / GENERATION_CONFIG, original["generation_config"])
-        copy_files(source, folder, (*TOKENIZER_FILES, *LICENCE_FILES))
+        for place in (like, source):  # of a file in both, the one that training left
+            copy_files(place, folder, (*TOKENIZER_FILES, *LICENCE_FILES))
     step(f"saved to {output}")
 
 
