@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 from fixtures.published import FIXTURES, SETTINGS, imported_folder, load, published_folder
 from safetensors.torch import load_file, save_file
 from teachers import tiny_tokenizer
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, dynamic_module_utils
 
 from modeling_looped.conversion import export_checkpoint, import_checkpoint
+from modeling_looped.conversion.companions import code_named
+from modeling_looped.conversion.importing import ORIGINAL
 from modeling_looped.conversion.tensor_map import same_bits
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +123,77 @@ def test_tokenizer_and_licence_that_training_did_not_save_come_from_the_import(t
     assert (back / "LICENSE").read_text() == "the original's"
     assert AutoTokenizer.from_pretrained(back)("the cat sat").input_ids == tiny_tokenizer()("the cat sat").input_ids
     assert (back / "chat_template.jinja").read_text() == "{{ messages[0]['content'] }}"
+
+
+def with_code(source: Path) -> None:
+    """Code of the original's, as a published Huginn has it: a config class and a module that it imports."""
+    path = source / "config.json"
+    config = json.loads(path.read_text())
+    (source / "raven_defaults.py").write_text("STEPS = 7\n")
+    (source / "raven_config_minimal.py").write_text(
+        "from transformers import PretrainedConfig\n"
+        "from .raven_defaults import STEPS\n\n\n"
+        "class RavenConfig(PretrainedConfig):\n"
+        f"    model_type = {config['model_type']!r}\n"
+        "    steps = STEPS\n"
+    )
+    path.write_text(json.dumps({**config, "auto_map": {"AutoConfig": "raven_config_minimal.RavenConfig"}}))
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_originals_code_comes_back_and_ours_does_not(trained, tmp_path, monkeypatch):
+    source = published_folder("huginn", tmp_path / "published")
+    with_code(source)
+    looped = tmp_path / "looped"
+    manifest = import_checkpoint(str(source), looped)
+    code = {path.name: path.read_bytes() for path in source.glob("*.py")}
+    assert manifest["original"]["code"] == sorted(code)
+    assert {path.name: path.read_bytes() for path in (looped / ORIGINAL).glob("*.py")} == code
+    assert not code.keys() & {path.name for path in looped.iterdir()}
+    if trained:
+        load("huginn", looped).save_pretrained(tmp_path / "trained")
+    lines: list[str] = []
+    back = tmp_path / "back"
+    export_checkpoint(tmp_path / "trained" if trained else looped, back, like=looped, report=lines.append)
+    assert {path.name: path.read_bytes() for path in back.glob("*.py")} == code
+    assert not any("note:" in line for line in lines)
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    config = AutoConfig.from_pretrained(back, trust_remote_code=True)
+    assert (type(config).__name__, config.steps) == ("RavenConfig", 7)
+
+
+def test_code_that_the_import_did_not_keep_is_named(tmp_path):
+    source = published_folder("huginn", tmp_path / "published")
+    with_code(source)
+    import_checkpoint(str(source), tmp_path / "looped")
+    for path in (tmp_path / "looped" / ORIGINAL).glob("*.py"):
+        path.unlink()  # as in an import of before they were kept
+    lines: list[str] = []
+    export_checkpoint(tmp_path / "looped", tmp_path / "back", report=lines.append)
+    assert any("names code that the import did not keep: raven_config_minimal.py; copy it" in line for line in lines)
+    assert not list((tmp_path / "back").glob("*.py"))
+
+
+def test_programs_beside_a_checkpoint_whose_config_names_no_code_stay_behind(tmp_path):
+    source = published_folder("parcae", tmp_path / "published")
+    (source / "train.py").write_text("print('mine')\n")
+    import_checkpoint(str(source), tmp_path / "looped")
+    assert [path.name for path in (tmp_path / "looped" / ORIGINAL).iterdir()] == ["unread.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("auto_map", "files"),
+    [
+        (None, []),
+        ({"AutoConfig": "a.B", "AutoModel": "c.D", "AutoModelForCausalLM": "c.E"}, ["a.py", "c.py"]),
+        ({"AutoTokenizer": ["a.B", None]}, ["a.py"]),
+        ({"AutoConfig": "someone/else--a.B"}, []),
+    ],
+    ids=str,
+)
+def test_the_code_that_must_lie_beside_a_config_is_what_its_auto_map_names(auto_map, files):
+    assert code_named({"auto_map": auto_map}) == files
 
 
 def test_trained_weights_are_exported_like_the_import_they_came_from(tmp_path):

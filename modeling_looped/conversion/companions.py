@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ TOKENIZER_FILES = (
     "vocab.txt",
 )
 LICENCE_FILES = ("LICENSE*", "NOTICE*")
+CODE_FILES = ("*.py",)
 GENERATION_CONFIG = "generation_config.json"
 
 
@@ -64,6 +66,16 @@ def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> list[st
     return names
 
 
+def code_named(config: Mapping[str, Any]) -> list[str]:
+    """The files of code that a config.json names in `auto_map` and that must lie beside it.
+
+    Transformers' form is `module.Class`, or a list of them; `repository--module.Class` lies elsewhere on the Hub.
+    """
+    named = (config.get("auto_map") or {}).values()
+    classes = [name for names in named for name in (names if isinstance(names, list) else [names]) if name]
+    return sorted({f"{name.partition('.')[0]}.py" for name in classes if "--" not in name})
+
+
 def read_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in a folder with our config.json, so that no code of the original's is asked for.
 
@@ -96,4 +108,12 @@ def read_generation_config(source: Path, config: PreTrainedConfig, lines: list[s
     return generation_config
 
 
-__all__ = ["GENERATION_CONFIG", "LICENCE_FILES", "TOKENIZER_FILES", "bring_companions", "copy_files"]
+__all__ = [
+    "CODE_FILES",
+    "GENERATION_CONFIG",
+    "LICENCE_FILES",
+    "TOKENIZER_FILES",
+    "bring_companions",
+    "code_named",
+    "copy_files",
+]

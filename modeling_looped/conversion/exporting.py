@@ -14,8 +14,8 @@ from torch import Tensor
 from modeling_looped.depth_sampling import STEP
 
 from .checkpoint import Steps
-from .companions import GENERATION_CONFIG, LICENCE_FILES, TOKENIZER_FILES, copy_files
-from .importing import ASIDE, described, our_shapes
+from .companions import CODE_FILES, GENERATION_CONFIG, LICENCE_FILES, TOKENIZER_FILES, code_named, copy_files
+from .importing import ASIDE, ORIGINAL, described, our_shapes
 from .output_folder import MANIFEST, check_output, staged
 from .published import PUBLISHED
 from .stored_tensors import StoredTensors
@@ -84,7 +84,14 @@ def export_checkpoint(
             write_json(folder / GENERATION_CONFIG, original["generation_config"])
         for place in (like, source):  # of a file in both, the one that training left
             copy_files(place, folder, (*TOKENIZER_FILES, *LICENCE_FILES))
+        code = copy_files(like / ORIGINAL, folder, CODE_FILES)  # the code beside our weights is ours
     step(f"saved to {output}")
+    missing = [name for name in code_named(original["config"]) if name not in code]
+    if missing:
+        report(
+            f"   note: config.json names code that the import did not keep: {', '.join(missing)}; copy it from the "
+            "original, with what it imports, or the checkpoint does not load with trust_remote_code"
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from transformers.modeling_utils import PreTrainedModel
 from modeling_looped.depth_sampling import STEP
 
 from .checkpoint import Steps
-from .companions import GENERATION_CONFIG, bring_companions
+from .companions import CODE_FILES, GENERATION_CONFIG, bring_companions, code_named, copy_files
 from .manifest import manifest_json, versions
 from .output_folder import MANIFEST, check_output, staged
 from .parity import (
@@ -34,9 +34,11 @@ from .stored_tensors import PLAIN_DTYPES, StoredTensors
 from .teacher import find_teacher, sha256
 from .tensor_map import TensorMap
 
-#: Folder inside the result with the published tensors that our model does not hold. Not beside the weights, where an
-#: engine that reads every safetensors file would take them for weights.
-ASIDE = Path("original") / "unread.safetensors"
+#: Folder inside the result with what belongs to the original and not to our model: its code, which must not lie among
+#: ours, and, in the file ASIDE, the published tensors that our model does not hold. Those must not lie beside the
+#: weights, where an engine that reads every safetensors file would take them for weights.
+ORIGINAL = Path("original")
+ASIDE = ORIGINAL / "unread.safetensors"
 
 
 def import_checkpoint(
@@ -83,7 +85,7 @@ def import_checkpoint(
     check_output(output, overwrite=overwrite)
     expected = None if recording is None else read_recording(recording)
     step(f"looking up {source}")
-    files = find_teacher(source, revision=revision, field="source")
+    files = find_teacher(source, revision=revision, field="source", further=CODE_FILES)
     config = json.loads((files.folder / "config.json").read_text(encoding="utf-8"))
     stored = StoredTensors(files.folder)
 
@@ -104,6 +106,7 @@ def import_checkpoint(
             writer.add(name, tensor if dtype is None else tensor.to(dtype))
         writer.finish()
         aside = keep_aside(stored, tensor_map, folder)
+        code = keep_code(files.folder, config, folder)
         looped.save_pretrained(folder)
         repairs = bring_companions(files.folder, folder, looped)
         for line in repairs:
@@ -128,6 +131,7 @@ def import_checkpoint(
                 "weight_file": stored.weight_file,
                 "index_metadata": stored.index_metadata,
                 "files": stored.files,
+                "code": code,
             },
             "looped": described(looped),
             "unread": aside,
@@ -183,9 +187,21 @@ def keep_aside(stored: StoredTensors, tensor_map: TensorMap, folder: Path) -> di
             unread[name] = stored.read(name).clone()
             tensor_map.check_unread(name, unread[name])
     if unread:
-        (folder / ASIDE).parent.mkdir()
+        (folder / ORIGINAL).mkdir()
         save_file(unread, folder / ASIDE, metadata={"format": "pt"})
     return {name: tensor_map.unread[name].because for name in unread}
+
+
+def keep_code(source: Path, config: Mapping[str, Any], folder: Path) -> list[str]:
+    """Copy the code that the original's config names, with all that it may import, for the way back; nothing runs it.
+
+    Returns:
+        names of the files; none where the config names no code, and what lies there is something else.
+    """
+    if not (code_named(config) and any(source.glob("*.py"))):
+        return []
+    (folder / ORIGINAL).mkdir(exist_ok=True)
+    return copy_files(source, folder / ORIGINAL, CODE_FILES)
 
 
 def verify(model_class: type[PreTrainedModel], folder: Path, recording: Mapping[str, Tensor] | None) -> Parity | None:
@@ -234,4 +250,4 @@ def read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
-__all__ = ["ASIDE", "import_checkpoint", "our_shapes", "plan_import"]
+__all__ = ["ASIDE", "ORIGINAL", "import_checkpoint", "our_shapes", "plan_import"]

@@ -97,7 +97,12 @@ class TeacherFiles:
 
 
 def find_teacher(
-    name: str, *, gguf_file: str | None = None, revision: str | None = None, field: str = "teacher"
+    name: str,
+    *,
+    gguf_file: str | None = None,
+    revision: str | None = None,
+    field: str = "teacher",
+    further: tuple[str, ...] = (),
 ) -> TeacherFiles:
     """The files of a teacher: a folder, or a repository on the Hub, which is downloaded if it is not in the cache.
 
@@ -106,6 +111,7 @@ def find_teacher(
         gguf_file: name of a GGUF file inside it.
         revision: branch, tag or commit of a Hub repository.
         field: what the user calls it, for messages.
+        further: patterns of files that are wanted too, if there are any.
 
     Raises:
         ValueError: if it is neither, or lacks the file; says what was looked for.
@@ -115,7 +121,7 @@ def find_teacher(
             raise ValueError(f"revision={revision!r} names a commit on the Hub, and {field}={name!r} is a folder.")
         folder, commit = Path(name), None
     else:
-        folder = download(name, gguf_file, revision, field)
+        folder = download(name, gguf_file, revision, field, further)
         commit = folder.name  # a snapshot's folder is called like its commit
     if gguf_file is not None and not (folder / gguf_file).is_file():
         there = ", ".join(sorted(path.name for path in folder.glob("*.gguf"))) or "none"
@@ -127,16 +133,17 @@ def find_teacher(
     return TeacherFiles(name, folder, commit, gguf_file)
 
 
-def download(name: str, gguf_file: str | None, revision: str | None, field: str) -> Path:
+def download(
+    name: str, gguf_file: str | None, revision: str | None, field: str, further: tuple[str, ...] = ()
+) -> Path:
     """The snapshot folder of a Hub repository, with the files that a teacher needs and no others."""
+    wanted = [*TEXT_FILES, *further]
     try:
         if gguf_file is not None:
             return Path(snapshot_download(name, revision=revision, allow_patterns=[gguf_file, *LICENCE_FILES]))
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*TEXT_FILES, "*.safetensors"]))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*wanted, "*.safetensors"]))
         if not any(folder.glob("*.safetensors")):
-            folder = Path(
-                snapshot_download(name, revision=revision, allow_patterns=[*TEXT_FILES, "*.bin", "model.pt"])
-            )
+            folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*wanted, "*.bin", "model.pt"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise ValueError(
             f"{field}={name!r} is neither a folder nor a checkpoint that the Hub gives: {error}"
