@@ -68,6 +68,8 @@ def check(options: argparse.Namespace) -> None:
     Raises:
         ValueError: unless they describe exactly one plan, and nothing besides.
     """
+    if options.loops < 1:
+        raise ValueError(f"--loops {options.loops} must be at least 1.")
     sizes = [options.prelude, options.core, options.coda]
     ways = [any(size is not None for size in sizes), options.keep is not None, options.find is not None]
     if sum(ways) != 1:

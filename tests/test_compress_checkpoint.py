@@ -115,6 +115,7 @@ def test_layers_are_found_from_activations(main, files, tmp_path, options):
         ((*SIZES, "--loop", "1,4"), "--loop 1,4 goes with --keep only"),
         ((*SIZES, "--dropped", "2"), "--dropped 2 goes with --find drop or --find cheapest only"),
         ((*SIZES, "--looped", "2"), "--looped 2 goes with --find drop or --find cheapest only"),
+        (("--find", "middle", "--loops", "0", "--calibration", "missing.txt"), "--loops 0 must be at least 1"),
         ((*SIZES, "--adapter", "weighted_svd"), "adapter='weighted_svd' has no effect with rank=0"),
         ((*SIZES, "--adapter", "fitted"), "adapter='fitted' has no effect with rank=0"),
         (

@@ -172,6 +172,21 @@ def test_the_cheapest_layers_are_dropped_one_by_one():
         cheapest_and_looped(made_up([0.1] * 6), dropped=2, looped=2, loops=2)
 
 
+def test_layers_that_cannot_loop_are_refused_before_the_search():
+    asked: list[list[int]] = []
+
+    def loss(layers):
+        asked.append(list(layers))
+        return 1.0
+
+    calibration = made_up([0.1] * 6)._replace(loss_without=loss)
+    with pytest.raises(ValueError, match=r"looped=5 must lie in 1\.\.4, the layers that are kept"):
+        cheapest_and_looped(calibration, dropped=2, looped=5, loops=2)
+    with pytest.raises(ValueError, match=r"count=9 must lie in 1\.\.4"):
+        cheapest_and_looped(calibration, dropped=9, looped=2, loops=2)
+    assert not asked
+
+
 def test_calibration_measures_what_a_hook_on_every_layer_sees():
     """Against a plain loop: cosines token by token, moments row by row."""
     teacher = tiny_teacher("qwen3")

@@ -112,6 +112,8 @@ def cheapest_and_looped(
     if calibration.loss_without is None:
         raise ValueError("calibration.loss_without is None: dropping by the loss needs it; use `calibrate`.")
     layers = len(calibration.block_influence)
+    if dropped < layers:  # more is refused by the search, which then has not begun
+        check_looped(looped, layers - dropped)
     return looped_around(
         cheapest_drops(calibration.loss_without, layers, dropped, report=report), layers, looped=looped, loops=loops
     )
@@ -120,12 +122,17 @@ def cheapest_and_looped(
 def looped_around(dropped: Collection[int], layers: int, *, looped: int, loops: int) -> LayerPlan:
     """The plan of a teacher of `layers` layers without `dropped` that loops `looped` layers around the longest gap."""
     kept = [layer for layer in range(layers) if layer not in dropped]
-    if not 1 <= looped <= len(kept):
-        raise ValueError(f"looped={looped} must lie in 1..{len(kept)}, the layers that are kept.")
+    check_looped(looped, len(kept))
     ends = itertools.pairwise([-1, *kept, layers])
     gap = max(enumerate(ends), key=lambda item: item[1][1] - item[1][0])[0]  # so many kept layers lie before it
     start = min(max(gap - looped // 2, 0), len(kept) - looped)
     return kept_plan(kept, kept[start : start + looped], loops)
+
+
+def check_looped(looped: int, kept: int) -> None:
+    """Raise ValueError unless `looped` of `kept` layers can loop."""
+    if not 1 <= looped <= kept:
+        raise ValueError(f"looped={looped} must lie in 1..{kept}, the layers that are kept.")
 
 
 __all__ = [
