@@ -1,6 +1,7 @@
 """What makes a `LoopedConfig` valid: one check per concern, whose error names field, value and what is allowed.
 
-They run when a config is made and before it is saved; those of single fields also when a field is written.
+They run when a config is made, before a model is built by it and before it is saved; those of single fields also when
+a field is written, and those of a field that a built model follows in the next forward.
 """
 
 from __future__ import annotations

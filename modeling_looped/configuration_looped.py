@@ -16,8 +16,10 @@ from transformers.utils import logging
 from .conditioning import LOOP_CONDITIONINGS
 from .config_checks import (
     CHECKS,
+    check_backprop,
     check_choices,
     check_counts,
+    check_loop_loss,
     check_stored_layer_types,
     counts_are_valid,
     counts_message,
@@ -91,6 +93,9 @@ STRUCTURE_FIELDS = (
     "depth_sampling",
     "loop_loss",
 )
+
+#: Fields that a built model follows, and that stand in conditions with those that it was built by.
+FOLLOWED_FIELDS = ("num_loops", "backprop_loops")
 
 #: What the published looped models call the loop count. Accepting one of these silently would run another function
 #: than the user asked for, so forward and config refuse them by name.
@@ -484,6 +489,10 @@ class LoopedConfig(PreTrainedConfig):
         """The fields that a model is built by, and that it cannot follow afterwards."""
         return {name: copy.deepcopy(getattr(self, name)) for name in STRUCTURE_FIELDS}
 
+    def followed(self) -> tuple[Any, ...]:
+        """The values of `FOLLOWED_FIELDS`."""
+        return tuple(getattr(self, name) for name in FOLLOWED_FIELDS)
+
     def slot_of(self, loop: int, layer: int) -> int:
         """Cache slot of stored layer `layer` (numbered as in `model.layers`) in loop `loop`, both from 0."""
         return self.slot_layout().slot(layer, loop)
@@ -602,6 +611,22 @@ class LoopedConfig(PreTrainedConfig):
     def validate_fields(self) -> None:
         for check in CHECKS:
             check(self)
+
+    def check_before_building(self) -> None:
+        """Validate again, before a model is built: fields may have been written since, one by one.
+
+        Without Transformers' check of `output_attentions`, which by then has been met by an attention implementation
+        that the user did not choose.
+        """
+        self.validate_architecture()
+        self.validate_fields()
+        self.validate_layer_type()
+        self.validate_rope()
+
+    def check_after_writing(self) -> None:
+        """Check the conditions on `FOLLOWED_FIELDS`, which may have been written since the model was built."""
+        check_backprop(self)
+        check_loop_loss(self)
 
     # --- helpers -----------------------------------------------------------------------------------------------------
 

@@ -178,6 +178,7 @@ class LoopedPreTrainedModel(LoopedAccountingMixin, PreTrainedModel):
 @auto_docstring
 class LoopedModel(LoopedEmbeddingMixin, LoopedRecurrenceMixin, LoopedPreTrainedModel):
     def __init__(self, config: LoopedConfig):
+        config.check_before_building()
         super().__init__(config)
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
@@ -232,6 +233,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedRecurrenceMixin, LoopedPreTrainedM
         self.rotary_emb = LoopedRotaryEmbedding(config)
         self.stored_types = [config.stored_layer_type(layer) for layer in range(config.num_stored_layers)]
         self.built_by = config.structure()
+        self.checked_at = config.followed()
         self.gradient_checkpointing = False
         self.post_init()
         offer_peft_defaults(config.model_type)
@@ -377,7 +379,8 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedRecurrenceMixin, LoopedPreTrainedM
         """Slots of a call with `num_loops` loops, after checking it.
 
         Raises:
-            ValueError: if the config was changed in a way that a built model cannot follow.
+            ValueError: if the config was changed in a way that a built model cannot follow, or to values that do not
+                go together.
         """
         for field, built in self.built_by.items():
             if getattr(self.config, field) != built:
@@ -385,6 +388,8 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedRecurrenceMixin, LoopedPreTrainedM
                     f"config.{field}={getattr(self.config, field)!r} was written after the model was built with "
                     f"{built!r}, which it cannot follow: load it anew, with from_pretrained(..., {field}=...)."
                 )
+        if self.config.followed() != self.checked_at:
+            self.config.check_after_writing()
         trained = self.config.max_trained_loops
         silent = self.training or torch.compiler.is_compiling()  # training at more loops is what trains them
         if trained is not None and num_loops > trained and not silent:
