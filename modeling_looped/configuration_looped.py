@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
@@ -79,22 +80,37 @@ DEPTH_FIELDS = frozenset(
     )
 )
 
-#: Fields that decide which modules a model has, or what a module does. `num_loops` is not among them.
-STRUCTURE_FIELDS = (
-    "num_prelude_layers",
-    "num_core_layers",
-    "num_coda_layers",
-    "core_group_size",
-    "kv_sharing",
-    "schedule",
-    "position_embedding",
-    "add_cross_attention",
-    "cross_attention_hidden_size",
-    "depth_sampling",
-    "loop_loss",
+#: Fields that may be written after a model was built: it reads them anew in every call, or they say nothing about what
+#: it computes. Transformers writes some of them itself (`vocab_size` when embeddings are resized, `is_causal` around a
+#: forward). A model is built by all others and cannot follow them: see `STRUCTURE_FIELDS`.
+LIVE_FIELDS = frozenset(
+    (
+        "num_loops",
+        "num_hidden_layers",
+        "layer_types",
+        "max_trained_loops",
+        "backprop_loops",
+        "checkpoint_granularity",
+        "is_causal",
+        "is_decoder",
+        "prefix_lm",
+        "embedding_scale",
+        "logit_scale",
+        "final_logit_softcapping",
+        "use_cache",
+        "vocab_size",
+        "max_position_embeddings",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "tie_word_embeddings",
+        "initializer_range",
+        "weight_init",
+        "output_projection_init",
+    )
 )
 
-#: Fields that a built model follows, and that stand in conditions with those that it was built by.
+#: Those of them that a built model follows, and that stand in conditions with those that it was built by.
 FOLLOWED_FIELDS = ("num_loops", "backprop_loops")
 
 #: What the published looped models call the loop count. Accepting one of these silently would run another function
@@ -394,10 +410,7 @@ class LoopedConfig(PreTrainedConfig):
         given_depth, given_types = self.num_hidden_layers, self.layer_types
         # Lengths that make no sense must reach `validate_*` with their own message, not fail in the arithmetic here.
         if counts_are_valid(self):
-            # the schedule first: the others' tables have as many rows as it has loops
-            super().__setattr__("schedule", SCHEDULES.normalise(self.schedule))
-            for field, registry in STRATEGY_FIELDS.items():
-                super().__setattr__(field, registry.normalise(getattr(self, field), num_loops=self.table_loops))
+            self._complete_specs()
             self._derive()
             self._warn_if_contradicted(given_depth, given_types)
         super().__post_init__(**kwargs)
@@ -429,6 +442,13 @@ class LoopedConfig(PreTrainedConfig):
             check_stored_layer_types(self)
         if name in DEPTH_FIELDS:
             self._derive()
+
+    def _complete_specs(self) -> None:
+        """Check every strategy by itself, and complete it with the type's defaults."""
+        # the schedule first: the others' tables have as many rows as it has loops
+        super().__setattr__("schedule", SCHEDULES.normalise(self.schedule))
+        for field, registry in STRATEGY_FIELDS.items():
+            super().__setattr__(field, registry.normalise(getattr(self, field), num_loops=self.table_loops))
 
     def _derive(self) -> None:
         """Bring the fields that follow from others up to date."""
@@ -609,6 +629,8 @@ class LoopedConfig(PreTrainedConfig):
         super().validate_layer_type()
 
     def validate_fields(self) -> None:
+        check_counts(self)  # which the length of a table follows from
+        self._complete_specs()  # a mapping may have been written into, past `__setattr__`
         for check in CHECKS:
             check(self)
 
@@ -660,6 +682,10 @@ class LoopedConfig(PreTrainedConfig):
                     f"{name}={given} is ignored: it follows from the layer counts and num_loops, which make it "
                     f"{derived}. Set {setter} instead."
                 )
+
+
+#: Fields that decide which modules a model has, or what a module does. `num_loops` is not among them.
+STRUCTURE_FIELDS = tuple(name for name in inspect.get_annotations(LoopedConfig) if name not in LIVE_FIELDS)
 
 
 def nearest_field(key: str) -> str | None:

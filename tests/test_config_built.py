@@ -5,9 +5,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_close, random_tokens, tiny_config, tiny_model
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM
 
-from modeling_looped import LoopedForCausalLM
+from modeling_looped import LoopedConfig, LoopedForCausalLM
+from modeling_looped.configuration_looped import STRATEGY_FIELDS, STRUCTURE_FIELDS
 
 TOKENS = random_tokens()
 #: The prelude enters the first loop only, so that truncated backpropagation would cut it off.
@@ -107,3 +109,125 @@ def test_attention_weights_asked_for_in_the_config_do_not_stop_a_model_from_bein
     """Transformers' own check refuses them once it has chosen an implementation, which it does before we build."""
     model = LoopedForCausalLM(tiny_config(output_attentions=True)).eval()
     assert model(TOKENS).attentions is not None
+
+
+#: A field that a model is built by -> a value of it that `tiny_config` does not have.
+OTHERS: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_prelude_layers": 2,
+    "num_core_layers": 1,
+    "num_coda_layers": 2,
+    "core_group_size": 1,
+    "kv_sharing": "first_loop",
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 16,
+    "core_hidden_size": 48,
+    "core_intermediate_size": 40,
+    "core_num_attention_heads": 2,
+    "core_num_key_value_heads": 1,
+    "hidden_act": "gelu",
+    "mlp_type": "plain",
+    "mlp_output_act": "relu",
+    "attention_bias": True,
+    "attention_value_bias": True,
+    "attention_output_bias": True,
+    "mlp_bias": True,
+    "attention_dropout": 0.1,
+    "attention_gate": "per_channel",
+    "qkv_clip": 0.1,
+    "qk_norm": "per_head",
+    "norm_type": "layer",
+    "norm_placement": "post",
+    "final_norm": "every_loop",
+    "prelude_norm": False,
+    "rms_norm_eps": 1.0,
+    "stored_layer_types": ["full_attention"] * 4,
+    "sliding_window": 4,
+    "add_cross_attention": True,
+    "cross_attention_hidden_size": 48,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10.0},
+    "position_embedding": "none",
+    "embedding_size": 16,
+    "embedding_projection_bias": False,
+    "embedding_norm": True,
+    "type_vocab_size": 2,
+    "mlm_head": "transform",
+    "injection": "add",
+    "state_init": "input",
+    "loop_update": "damped",
+    "loop_conditioning": "sinusoidal",
+    "loop_adapter": "lora",
+    "halting": "gate",
+    "readout": "linear",
+    "value_embedding": "gated",
+    "ngram_embedding": "hashed",
+    "residual_streams": "hyperloop",
+    "depth_attention": "anchors",
+    "schedule": "nested",
+    "depth_sampling": "poisson",
+    "loop_loss": "deep_supervision",
+    "sequence_pooling": "first_token",
+    "classifier_dropout": 0.2,
+}
+
+
+@pytest.fixture(scope="module")
+def built():
+    return tiny_model()
+
+
+@pytest.mark.parametrize("field", STRUCTURE_FIELDS)
+def test_a_built_model_refuses_every_field_that_it_was_built_by(built, field):
+    before = getattr(built.config, field)
+    try:
+        setattr(built.config, field, OTHERS[field])
+        with pytest.raises(ValueError, match=rf"config\.{field}=.* was written after the model was built with"):
+            built(TOKENS)
+    finally:
+        setattr(built.config, field, before)
+    built(TOKENS)
+
+
+@pytest.mark.parametrize("field", STRATEGY_FIELDS)
+def test_what_is_written_into_a_strategy_is_noticed_by_the_model_and_when_saving(built, field, tmp_path):
+    config = built.config
+    getattr(config, field)["treshold"] = 0.5
+    try:
+        with pytest.raises(ValueError, match=rf"config\.{field}=.*treshold.* was written after the model was built"):
+            built(TOKENS)
+        with pytest.raises(StrictDataclassError, match=f"{field}: type .* has no parameter 'treshold'"):
+            config.save_pretrained(tmp_path)
+    finally:
+        del getattr(config, field)["treshold"]
+    built(TOKENS)
+
+
+def test_a_strategy_that_was_written_into_is_saved_as_it_is_read_back(tmp_path):
+    config = tiny_config(halting="gate", value_embedding={"type": "gated", "layers": [0]})
+    config.halting["threshold"] = 5.0
+    with pytest.raises(StrictDataclassError, match=r"halting: type 'gate'.*threshold=5.0"):
+        config.save_pretrained(tmp_path)
+    config.halting["threshold"], config.value_embedding["layers"] = 1, (0, 1)
+    del config.halting["output"]
+    config.save_pretrained(tmp_path)
+    back = LoopedConfig.from_pretrained(tmp_path)
+    for found in (config, back):
+        assert found.halting == {"type": "gate", "threshold": 1.0, "output": "threshold"}
+        assert found.value_embedding["layers"] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_loops", 5), ("embedding_scale", 2.0), ("logit_scale", 2.0), ("final_logit_softcapping", 1.0)],
+)
+@torch.no_grad()
+def test_a_built_model_follows_what_it_reads_in_every_call(field, value):
+    written, built = tiny_model(), tiny_model(**{field: value})
+    built.load_state_dict(written.state_dict())
+    before = written(TOKENS).logits
+    setattr(written.config, field, value)
+    after = written(TOKENS).logits
+    assert not torch.equal(after, before)
+    assert torch.equal(after, built(TOKENS).logits)
