@@ -593,6 +593,9 @@ class LoopedConfig(PreTrainedConfig):
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As in Transformers, which drops what it cannot place: here another model's word for the loop count, and a
         misspelt field where no model is there to refuse it, are errors.
+
+        Transformers writes the fields among `kwargs` to the finished config one by one. Here they take the place of
+        the dictionary's before one is made, so that they are checked together and in no order.
         """
         refuse_foreign_loop_names(kwargs, "from_pretrained")
         if not kwargs.get("return_unused_kwargs"):
@@ -600,7 +603,11 @@ class LoopedConfig(PreTrainedConfig):
                 close = nearest_field(key)
                 if close and not hasattr(cls, key):
                     raise ValueError(f"{key}={kwargs[key]!r} is not a field of LoopedConfig. Did you mean {close!r}?")
-        return super().from_dict(config_dict, **kwargs)
+        own = inspect.get_annotations(LoopedConfig)
+        given = {name: kwargs.pop(name) for name in tuple(kwargs) if name in own}
+        stale = ("num_hidden_layers", "layer_types") if DEPTH_FIELDS & given.keys() else ()
+        config_dict = {name: value for name, value in config_dict.items() if name not in stale}
+        return super().from_dict({**config_dict, **given}, **kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """Save `config.json` together with the model's code, so that the folder loads where the package is missing."""

@@ -383,6 +383,14 @@ def test_a_given_result_that_contradicts_the_counts_is_warned_about(name, value,
     assert f"Set {remedy} instead" in hears_everything.text
 
 
+def test_a_result_given_at_loading_is_warned_about_and_one_from_the_file_is_not(hears_everything, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    assert LoopedConfig.from_pretrained(tmp_path, num_loops=7).num_hidden_layers == 16
+    assert hears_everything.records == []
+    assert LoopedConfig.from_pretrained(tmp_path, num_hidden_layers=3).num_hidden_layers == 8
+    assert "num_hidden_layers=3 is ignored" in hears_everything.text
+
+
 def test_generation_parameters_are_accepted_and_not_stored():
     parameters = GenerationConfig._get_default_generation_params()
     config = tiny_config(**parameters)

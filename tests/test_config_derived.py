@@ -3,11 +3,15 @@
 import copy
 import dataclasses
 import inspect
+import itertools
 import json
 import pickle
+from typing import Any
 
 import pytest
+import torch
 from helpers import VARIANTS, random_tokens, tiny_config, tiny_model
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 from transformers.generation import GenerationConfig
 
@@ -371,3 +375,57 @@ def test_every_field_is_documented():
     shared = {"use_cache", "pad_token_id", "bos_token_id", "eos_token_id", "tie_word_embeddings"}
     entries = LoopedConfig.__doc__.split("Args:")[1].split("Example:")[0]
     assert {field for field in own - shared - results if field not in entries} == set()
+
+
+#: Fields given at loading that are valid together only.
+GIVEN_TOGETHER: dict[str, dict[str, Any]] = {
+    "window": {"stored_layer_types": [FULL, SLIDING, FULL, SLIDING], "sliding_window": 4},
+    "layers": {"num_core_layers": 3, "stored_layer_types": [FULL] * 5},
+    "groups": {"num_core_layers": 3, "core_group_size": 3},
+    "groups of one": {"injection": "none", "state_init": "input", "core_group_size": 1},
+    "table": {"num_loops": 5, "loop_conditioning": "embedding", "loop_adapter": {"type": "lora"}},
+    "core width": {"core_hidden_size": 48, "readout": "linear"},
+    "gate": {"halting": "gate", "loop_loss": "exit_gate"},
+    "schedule": {"schedule": "nested", "injection": "none", "state_init": "input", "loop_conditioning": "embedding"},
+}
+
+
+@pytest.mark.parametrize("load", [LoopedConfig.from_pretrained, AutoConfig.from_pretrained], ids=["ours", "auto"])
+@pytest.mark.parametrize("case", GIVEN_TOGETHER)
+def test_fields_given_at_loading_are_taken_together_in_any_order(case, load, tmp_path):
+    given = GIVEN_TOGETHER[case]
+    expected = tiny_config(**given)
+    tiny_config().save_pretrained(tmp_path)
+    for order in itertools.permutations(given):
+        found = load(tmp_path, **{name: given[name] for name in order})
+        assert {name: getattr(found, name) for name in inspect.get_annotations(LoopedConfig)} == {
+            name: getattr(expected, name) for name in inspect.get_annotations(LoopedConfig)
+        }
+
+
+def test_fields_given_at_loading_that_do_not_go_with_the_files_are_refused(tmp_path):
+    tiny_config(injection="none", state_init="input").save_pretrained(tmp_path)
+    refused: list[dict[str, Any]] = [{"backprop_loops": 1}, {"state_init": "zeros"}, {"stored_layer_types": [FULL]}]
+    for given in refused:
+        with pytest.raises(StrictDataclassError, match=next(iter(given))):
+            LoopedConfig.from_pretrained(tmp_path, **given)
+
+
+def test_what_is_no_field_is_handled_as_in_transformers(tmp_path):
+    stored = tiny_config().to_dict()
+    before = copy.deepcopy(stored)
+    config, unused = LoopedConfig.from_dict(
+        stored, num_loops=5, dtype=torch.bfloat16, attn_implementation="eager", note=1, return_unused_kwargs=True
+    )
+    assert unused == {"note": 1}
+    assert (config.num_loops, config.num_hidden_layers, config.dtype) == (5, 12, torch.bfloat16)
+    assert config._attn_implementation == "eager"
+    assert stored.keys() == before.keys()
+    assert stored["num_loops"] == before["num_loops"] == 3
+    tiny_model().save_pretrained(tmp_path)
+    for dtype in ("auto", torch.float32):
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype, attn_implementation="eager", num_loops=5)
+        assert (loaded.dtype, loaded.config.num_loops) == (torch.float32, 5)
+        assert loaded.config._attn_implementation == "eager"
+    labelled = LoopedConfig.from_pretrained(tmp_path, num_labels=3, id2label={0: "a", 1: "b", 2: "c"})
+    assert (labelled.num_labels, labelled.id2label) == (3, {0: "a", 1: "b", 2: "c"})
