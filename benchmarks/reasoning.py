@@ -66,6 +66,7 @@ def model_of(settings: Settings, task: Task) -> PreTrainedModel:
     torch.manual_seed(settings["seed"])
     kind, layers, loops, width = (settings[name] for name in ("contestant", "layers", "loops", "width"))
     parts = {"num_prelude_layers": 0, "num_core_layers": layers, "num_loops": 1 if kind == "once" else loops}
+    parts["injection"] = settings["injection"]
     if kind == "stacked":
         parts = {"num_prelude_layers": layers * loops, "num_core_layers": 0}
     if kind == "sampled":
@@ -77,7 +78,6 @@ def model_of(settings: Settings, task: Task) -> PreTrainedModel:
             intermediate_size=3 * width,
             num_attention_heads=4,
             num_coda_layers=0,
-            injection=settings["injection"],
             # as in the stack, embeddings start small beside what layers write: normalised, they hide it for long
             prelude_norm=False,
             position_embedding="learned",

@@ -267,27 +267,42 @@ def check_prelude_enters(config: LoopedConfig) -> None:
         )
 
 
+#: A field that acts on the core -> what it may be where there is none: its default, and what says "nothing" by itself.
+#: (Of a strategy, its type.)
+WITHOUT_CORE: dict[str, tuple[str | None, ...]] = {
+    "kv_sharing": ("none",),
+    "core_group_size": (None,),
+    **dict.fromkeys(CORE_SIZES, (None,)),
+    "backprop_loops": (None,),
+    "final_norm": ("end", "none"),
+    "injection": ("diagonal", "none"),
+    "state_init": ("zeros", "input"),
+    "loop_update": ("replace",),
+    "loop_conditioning": ("none",),
+    "loop_adapter": ("none",),
+    "halting": ("none",),
+    "readout": ("none",),
+    "schedule": ("flat",),
+    "depth_sampling": ("fixed",),
+    "loop_loss": ("output",),
+}
+
+
+def check_without_core(config: LoopedConfig) -> None:
+    """A stack has no place for what acts on the core, and would leave it out without a word."""
+    for field, harmless in WITHOUT_CORE.items():
+        spec = getattr(config, field)
+        value = spec["type"] if isinstance(spec, dict) else spec
+        if value not in harmless:
+            raise ValueError(
+                f"{field}={value!r} acts on the core, and num_core_layers=0: use {' or '.join(map(repr, harmless))}."
+            )
+
+
 def check_strategies(config: LoopedConfig) -> None:
     """Strategies of the core need a core, and adapters need their projections."""
     if config.num_core_layers == 0:
-        if config.kv_sharing != "none" or config.core_group_size is not None:
-            raise ValueError(
-                f"kv_sharing={config.kv_sharing!r}, core_group_size={config.core_group_size} act on the core, and "
-                "num_core_layers=0: leave them out."
-            )
-        for field, harmless in (
-            ("loop_adapter", "none"),
-            ("halting", "none"),
-            ("readout", "none"),
-            ("schedule", "flat"),
-            ("depth_sampling", "fixed"),
-            ("loop_loss", "output"),
-        ):
-            if getattr(config, field)["type"] != harmless:
-                raise ValueError(
-                    f"{field}={getattr(config, field)['type']!r} acts on the core, and num_core_layers=0: "
-                    f"use {harmless!r}."
-                )
+        check_without_core(config)
         return
     if config.loop_conditioning["type"] == "norms" and config.norm_type == "rms_unweighted":
         raise ValueError(

@@ -87,6 +87,28 @@ REFUSED = {
     ),
     "readout_without_core": ({"num_core_layers": 0, "readout": "linear"}, ["readout='linear'", "num_core_layers=0"]),
     "halting_without_core": ({"num_core_layers": 0, "halting": "gate"}, ["halting='gate'", "num_core_layers=0"]),
+    **{
+        f"{field}_{value}_without_core": (
+            {"num_core_layers": 0, field: value},
+            [f"{field}={value!r} acts on the core, and num_core_layers=0", remedy],
+        )
+        for field, value, remedy in (
+            ("core_hidden_size", 48, "use None"),
+            ("core_intermediate_size", 40, "use None"),
+            ("core_num_attention_heads", 2, "use None"),
+            ("core_num_key_value_heads", 1, "use None"),
+            ("core_group_size", 1, "use None"),
+            ("kv_sharing", "first_loop", "use 'none'"),
+            ("backprop_loops", 2, "use None"),
+            ("final_norm", "every_loop", "use 'end' or 'none'"),
+            ("final_norm", "after_loops", "use 'end' or 'none'"),
+            ("injection", "concat", "use 'diagonal' or 'none'"),
+            ("state_init", "normal", "use 'zeros' or 'input'"),
+            ("loop_update", "gated", "use 'replace'"),
+            ("loop_conditioning", "norms", "use 'none'"),
+            ("schedule", "nested", "use 'flat'"),
+        )
+    },
     "adapter_target": (
         {"mlp_type": "plain", "loop_adapter": "lora"},
         ["gate_proj", "mlp_type='plain'", "up_proj, down_proj"],
@@ -210,7 +232,7 @@ REFUSED = {
 REFUSED_TOGETHER = [
     *("no_key_value_heads", "odd_groups", "odd_head_dim", "head_dim_text", "num_attention_heads"),
     *("rope_type", "rope_per_type", "prelude_never_enters", "truncation", "adapter_target"),
-    *("adapter_without_core", "readout_without_core", "halting_without_core"),
+    *(name for name in REFUSED if name.endswith("_without_core")),
     *("value_bias", "core_heads", "groups_and_injection", "groups_and_halting", "groups_and_norm"),
     *(f"core_width_and_{name}" for name in ("injection", "state", "skip", "readout", "norm")),
     *("narrow_embeddings_tied", "narrow_embeddings_linear_head", "value_layer", "value_gate"),

@@ -200,6 +200,10 @@ def test_one_loop_in_place_is_bit_exactly_the_stacked_model(config):
     stacked = copy.deepcopy(config)
     prelude = config.num_stored_layers
     stacked.num_prelude_layers, stacked.num_core_layers, stacked.num_coda_layers = prelude, 0, 0
+    # what acts on the core, which a stack has no place for
+    stacked.core_group_size, stacked.kv_sharing, stacked.loop_update = None, "none", "replace"
+    if stacked.final_norm == "every_loop":
+        stacked.final_norm = "end"
     stack = LoopedForCausalLM(stacked).eval()
     stack.load_state_dict(model.state_dict())
     assert torch.equal(stack(tokens).logits, model(tokens).logits)

@@ -173,7 +173,7 @@ MORE_VARIANTS = {
         "final_norm": "every_loop",
         "num_coda_layers": 0,
     },
-    "stacked_options": {"num_core_layers": 0, "final_norm": "every_loop", "norm_placement": "post", "qk_norm": "flat"},
+    "stacked_options": {"num_core_layers": 0, "final_norm": "none", "norm_placement": "post", "qk_norm": "flat"},
 }
 ALL_VARIANTS = VARIANTS | MORE_VARIANTS
 

@@ -22,7 +22,7 @@ MIXED_WINDOWS = {
 #: Name -> options beside PLAIN, and the family that says them.
 UNROLLABLE: dict[str, tuple[dict[str, Any], str]] = {
     "plain": ({}, "llama"),
-    "stacked": ({"num_core_layers": 0, "num_prelude_layers": 3, "final_norm": "every_loop"}, "llama"),
+    "stacked": ({"num_core_layers": 0, "num_prelude_layers": 3}, "llama"),
     "core alone": ({"num_prelude_layers": 0, "num_coda_layers": 0}, "llama"),
     "llama3 rope": ({"rope_parameters": LLAMA3}, "llama"),
     "all biases": ({"attention_bias": True, "attention_output_bias": True, "mlp_bias": True}, "llama"),
