@@ -36,6 +36,16 @@ class LoopUpdate(Strategy):
         """Whether with `num_loops` loops every update is s <- y, so that the model unrolls into a plain stack."""
 
 
+def mixed(state: Tensor, output: Tensor, step: Tensor | float) -> Tensor:
+    """s + step * (y - s) for a number, or one per channel or token, in the wider of the dtypes of s and y.
+
+    They differ under autocast alone, where a matrix product is in half precision and a sum or a norm is not. The wider
+    one, since many small steps add up in the state, and those below half a unit in the last place would be lost.
+    """
+    wider = torch.promote_types(state.dtype, output.dtype)
+    return torch.lerp(state.to(wider), output.to(wider), step.to(wider) if isinstance(step, Tensor) else step)
+
+
 @LOOP_UPDATES.register("replace")
 @final
 class ReplaceUpdate(LoopUpdate):
@@ -105,7 +115,7 @@ class DampedUpdate(LoopUpdate):
 
     def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int | Tensor, group: int = 0) -> Tensor:
         step = 1.0 / (self.params.steps or num_loops)
-        return torch.lerp(state, output, step.to(output) if isinstance(step, Tensor) else step)
+        return mixed(state, output, step)
 
     def is_replace(self, num_loops: int) -> bool:
         return (self.params.steps or num_loops) == 1
@@ -139,7 +149,7 @@ class LearnedScaleUpdate(LoopUpdate):
         init.constant_(self.scale, self.params.initial_scale)
 
     def forward(self, state: Tensor, output: Tensor, loop_idx: int, num_loops: int | Tensor, group: int = 0) -> Tensor:
-        return torch.lerp(state, output, self.scale[table_row(loop_idx, self.params.table_loops)].to(output.dtype))
+        return mixed(state, output, self.scale[table_row(loop_idx, self.params.table_loops)])
 
     def is_replace(self, num_loops: int) -> bool:
         return False
@@ -183,7 +193,7 @@ class GatedUpdate(LoopUpdate):
         if loop_idx < self.params.free_loops:
             # A gate that a short run never opens still gets a (zero) gradient, as DDP and the Trainer expect.
             gate = gate * 0.0 + 1.0
-        return torch.lerp(state, output, gate.to(output.dtype))
+        return mixed(state, output, gate)
 
     def is_replace(self, num_loops: int) -> bool:
         return num_loops <= self.params.free_loops

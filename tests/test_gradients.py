@@ -9,7 +9,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import VARIANTS, random_tokens, randomise, tiny_config, tiny_model
+from helpers import TOLERANCE, VARIANTS, random_tokens, randomise, tiny_config, tiny_model
 from huggingface_hub.errors import StrictDataclassError
 
 from modeling_looped import (
@@ -19,6 +19,7 @@ from modeling_looped import (
     LoopedForTokenClassification,
 )
 from modeling_looped.injection import INJECTIONS
+from modeling_looped.loop_update import LOOP_UPDATES
 
 MODES = (None, "layer", "loop")
 
@@ -39,6 +40,16 @@ TRUNCATABLE = [
     and INJECTIONS[tiny_config(**settings).injection["type"]].carries_prelude
     and settings.get("kv_sharing", "none") == "none"  # refused: later loops use no key or value projection
 ]
+
+#: Where autocast leaves the state and the core's output in different dtypes: a state in fp32 meets the output of a
+#: matrix product in half precision, or what a projection of the embeddings made meets the output of a norm in fp32.
+NARROW = {"embedding_size": 16, "num_prelude_layers": 0, "prelude_norm": False, "state_init": "input"}
+AUTOCAST_PLACEMENTS = {
+    "pre": {"state_init": "input"},
+    "sandwich": {"norm_placement": "sandwich", **NARROW},
+    "post": {"norm_placement": "post", **NARROW},
+    "post_branch": {"norm_placement": "post_branch", **NARROW},
+}
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor | None]:
@@ -73,6 +84,31 @@ def test_every_parameter_gets_a_gradient(variant):
 @pytest.mark.parametrize("variant", TRUNCATABLE)
 def test_every_parameter_gets_a_gradient_when_truncated(variant):
     assert_all_gradients_at_every_loop_count(trainable(None, **{**VARIANTS[variant], "backprop_loops": 1}))
+
+
+@pytest.mark.parametrize("placement", AUTOCAST_PLACEMENTS)
+@pytest.mark.parametrize("loop_update", list(LOOP_UPDATES))
+@pytest.mark.parametrize("injection", list(INJECTIONS))
+def test_autocast_stays_near_fp32_and_gives_every_parameter_a_gradient(injection, loop_update, placement):
+    model = trainable(None, injection=injection, loop_update=loop_update, **AUTOCAST_PLACEMENTS[placement])
+    tokens = random_tokens()
+    expected = model(tokens).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        output = model(tokens, labels=tokens)
+    assert not torch.equal(output.logits.float(), expected)
+    # on average: norms of the branches blow single rounding errors up, in every loop anew
+    assert (output.logits.float() - expected).square().mean().sqrt() < TOLERANCE[torch.bfloat16]
+    output.loss.backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+
+
+@pytest.mark.parametrize("loop_update", ["damped", "learned_scale", "gated"])
+def test_autocast_keeps_a_state_that_moves_in_steps_in_fp32(loop_update):
+    """Steps below half a unit of bf16 would leave the state where it is."""
+    model = trainable(None, injection="concat", loop_update=loop_update)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        states = model(random_tokens(), output_loop_hidden_states=True).loop_hidden_states
+    assert {state.dtype for state in states} == {torch.float32}
 
 
 @pytest.mark.parametrize("backprop_loops", [1, 3, 9])
