@@ -403,6 +403,14 @@ def check_backprop(config: LoopedConfig) -> None:
             "embeddings and the prelude without a gradient, since only the first loop sees them; use an injection "
             "that re-enters the prelude in every loop (diagonal, add, concat), or backprop_loops=None."
         )
+    adapted, rows = config.loop_adapter.get("loops"), config.loop_adapter.get("table_loops")
+    # loops beyond the table use its last row, so that an adapter in the last one is never cut off
+    if adapted and adapted[-1] < rows - config.backprop_loops:
+        raise ValueError(
+            f"backprop_loops={config.backprop_loops} with loop_adapter: loops={list(adapted)} would leave the adapter "
+            f"without a gradient, since of its table_loops={rows} loops only the last {config.backprop_loops} keep a "
+            f"graph; use backprop_loops={rows - adapted[-1]} or more, adapt later loops too, or backprop_loops=None."
+        )
 
 
 def check_depth_sampling(config: LoopedConfig) -> None:

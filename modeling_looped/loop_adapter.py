@@ -190,11 +190,20 @@ class LoopLoRA(SelfInitialised):
         """
         row = self.row(loop_idx)
         if row is None:
-            return shared
+            return self._taking_part(shared) if self.training else shared
         if self.shared_scale is not None:
             shared = shared * self.shared_scale[row]
         output = shared + F.linear(F.linear(inputs, self.A[row]), self.B[row]) * self.scale
         return output if self.bias is None else output + self.bias[row]
+
+    def _taking_part(self, output: Tensor) -> Tensor:
+        """`output` as it is, of a graph in which every parameter is: one that a step with few loops never reads still
+        gets a (zero) gradient, as DDP and the Trainer expect.
+        """
+        # one number of each: a sum over all of them could overflow in half precision, and 0 * infinity is no 0
+        for parameter in self.parameters():
+            output = output + 0.0 * parameter.flatten()[0]
+        return output
 
     def merged(self, weight: Tensor, loop_idx: int) -> Tensor:
         """The weight [out_features, in_features] that loop `loop_idx` uses, from the shared one."""

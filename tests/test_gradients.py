@@ -86,6 +86,14 @@ def test_every_parameter_gets_a_gradient_when_truncated(variant):
     assert_all_gradients_at_every_loop_count(trainable(None, **{**VARIANTS[variant], "backprop_loops": 1}))
 
 
+@pytest.mark.parametrize("backprop_loops", [None, 2])
+@pytest.mark.parametrize("options", [{"loops": [1, 2]}, {"loops": [1]}, {"loops": [0, 2]}], ids=repr)
+def test_an_adapter_of_some_loops_gets_a_gradient_where_none_of_them_runs(options, backprop_loops):
+    adapter = {"type": "lora", "rank": 3, "shared_scale": "per_channel", "biases": "per_loop", **options}
+    model = trainable(None, loop_adapter=adapter, attention_bias=True, backprop_loops=backprop_loops)
+    assert_all_gradients_at_every_loop_count(model)
+
+
 @pytest.mark.parametrize("placement", AUTOCAST_PLACEMENTS)
 @pytest.mark.parametrize("loop_update", list(LOOP_UPDATES))
 @pytest.mark.parametrize("injection", list(INJECTIONS))
@@ -116,6 +124,17 @@ def test_truncation_that_would_cut_off_the_prelude_is_refused_for_every_loop_cou
     refused = pytest.raises(StrictDataclassError, match=r"backprop_loops=\d.*injection='none'.*backprop_loops=None")
     with refused:
         tiny_config(**VARIANTS["in_place"], backprop_loops=backprop_loops)
+
+
+@pytest.mark.parametrize(("loops", "backprop_loops"), [([0], 2), ([0, 1], 1), ([1], 1)])
+def test_truncation_that_would_cut_off_an_adapter_is_refused_and_one_more_loop_is_not(loops, backprop_loops):
+    adapter = {"type": "lora", "rank": 3, "loops": loops}
+    remedy = rf"backprop_loops={backprop_loops} with loop_adapter.*use backprop_loops={backprop_loops + 1} or more"
+    with pytest.raises(StrictDataclassError, match=remedy):
+        tiny_config(loop_adapter=adapter, backprop_loops=backprop_loops)
+    model = trainable(None, loop_adapter=adapter, backprop_loops=backprop_loops + 1)
+    model(random_tokens(), labels=random_tokens()).loss.backward()
+    assert all(gradient.any() for name, gradient in gradients(model).items() if "loop_adapters" in name)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -238,9 +238,19 @@ def test_the_loop_lora_adds_the_low_rank_difference_of_its_loop():
 
 
 def test_the_loop_lora_leaves_the_other_loops_alone():
-    adapter = loop_lora(loops=[1])
+    adapter = loop_lora(loops=[1]).eval()
     assert adapter(INPUTS, 0, SHARED) is SHARED
     torch.testing.assert_close(adapter(INPUTS, 5, SHARED), torch.tensor([100.0, 214.0]))
+
+
+def test_in_training_the_loop_lora_of_other_loops_takes_part_without_effect():
+    adapter = loop_lora(loops=[1], bias=True, initial_scale=1.0).train()
+    adapter.init_weights()
+    output = adapter(INPUTS, 0, SHARED)
+    assert torch.equal(output, SHARED)
+    output.sum().backward()
+    for name, parameter in adapter.named_parameters():
+        assert torch.equal(parameter.grad, torch.zeros_like(parameter)), name
 
 
 def test_the_loop_lora_scales_what_is_shared():

@@ -30,6 +30,7 @@ STEPS = {"fixed": 1, "random": 3}
 #: Architectures beside the default, whose parameters are used in other ways: once per forward, by some loops only, …
 VARIANTS = {
     "lora": {"loop_adapter": {"type": "lora", "rank": 3}},
+    "late_lora": {"loop_adapter": {"type": "lora", "rank": 3, "loops": [1, 2], "shared_scale": "per_channel"}},
     "gated": {"loop_update": {"type": "gated", "free_loops": 1}, "loop_conditioning": "embedding"},
     "norms": {"loop_conditioning": "norms", "final_norm": "every_loop"},
     "tied": {"final_norm": "after_loops", "tie_word_embeddings": True},
