@@ -316,7 +316,15 @@ class LoopedConfig(PreTrainedConfig):
     """
 
     model_type = "looped"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    # What our outputs have beside those of Transformers (outputs.py): the Trainer hands `compute_metrics` all others.
+    keys_to_ignore_at_inference = [
+        "past_key_values",
+        "loop_hidden_states",
+        "exit_loops",
+        "exit_probabilities",
+        "num_loops",
+        "loop_readings",
+    ]
 
     vocab_size: int = 32000
     hidden_size: int = 768

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, 
 from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_looped import LoopedForCausalLM, LoopedForSequenceClassification
+from modeling_looped.configuration_looped import STRATEGY_FIELDS
 from modeling_looped.remote_code import copy_code
 
 #: Settings whose training draws random numbers: resuming must restore them too.
@@ -154,9 +155,21 @@ def test_evaluation_loss_is_the_mean_over_tokens_of_unpadded_sentences(tmp_path)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(float(total / count), rel=1e-5)
 
 
-def test_prediction_returns_one_logit_tensor(tmp_path):
-    """The cache and per-loop states stay out of what the `Trainer` gathers over a data set."""
-    trainer = train(fresh_model(), tmp_path, max_steps=1)
+@pytest.mark.parametrize("halting", list(STRATEGY_FIELDS["halting"]))
+def test_prediction_returns_one_logit_tensor(halting, tmp_path):
+    """The cache, per-loop states and exits stay out of what the `Trainer` gathers over a data set."""
+    trainer = train(fresh_model(halting=halting), tmp_path, max_steps=1)
     prediction = trainer.predict(sentence_dataset().select(range(2)))
     assert prediction.predictions.shape[0] == 2
     assert prediction.predictions.shape[-1] == 97
+
+
+def test_prediction_with_a_column_of_depths_returns_one_logit_tensor(tmp_path):
+    collator = DataCollatorWithPadding(tiny_tokenizer())
+    trainer = Trainer(fresh_model(), run_arguments(tmp_path), data_collator=collator)
+    rows = [{"input_ids": row, "num_loops": 1 + i} for i, row in enumerate(random_tokens(2))]
+    predictions = trainer.predict(rows).predictions
+    assert predictions.shape == (2, 7, 97)
+    for row, logits in zip(rows, predictions, strict=True):
+        alone = trainer.model(row["input_ids"][None], num_loops=row["num_loops"]).logits[0]
+        torch.testing.assert_close(torch.from_numpy(logits), alone, rtol=0, atol=1e-5)
