@@ -10,7 +10,7 @@ Only where a loop adapter or norms per loop change keys or values does every slo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import eager_attention_forward, normed_heads, query_and_key_norms
 from .configuration_looped import LoopedConfig
+from .inputs import PACKED_BY
 from .loop_adapter import LoopAdapter, add_adapter, build_adapters
 
 
@@ -193,7 +194,7 @@ def encoder_states(
     attention_mask: Tensor | None,
     cache: EncoderDecoderCache | None,
     inputs_embeds: Tensor,
-    kwargs: Mapping[str, Any],
+    packed: bool,
 ) -> EncoderStates | None:
     """The encoder's output as the layers read it; `None` for a model without cross-attention.
 
@@ -203,7 +204,7 @@ def encoder_states(
         attention_mask: 1 for its tokens and 0 for padding [B, E], or a prepared 4-D mask; `None`: no padding.
         cache: of both attentions.
         inputs_embeds: embeddings of the decoder's tokens [B, S, D].
-        kwargs: of the forward.
+        packed: whether rows hold several sequences.
 
     Raises:
         ValueError: if there is an encoder and no cross-attention, or the reverse, or the shapes do not fit.
@@ -231,9 +232,9 @@ def encoder_states(
             f"encoder_attention_mask has the shape {tuple(attention_mask.shape)} and must have "
             f"{tuple(hidden.shape[:2])}, as encoder_hidden_states."
         )
-    if kwargs.get("cu_seq_lens_q") is not None:
+    if packed:
         raise ValueError(
-            "cu_seq_lens_q with add_cross_attention=True: packed sequences would all read the encoder's output of one "
+            f"{PACKED_BY}, with add_cross_attention=True: packed sequences would all read the encoder's output of one "
             "row; pass one sequence per row."
         )
     mask = create_bidirectional_mask(

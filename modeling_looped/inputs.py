@@ -11,8 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, QuantizedLayer
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
-from transformers.utils import logging
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    find_packed_sequence_indices,
+)
+from transformers.utils import is_tracing, logging
 from transformers.utils.generic import is_flash_attention_requested
 
 from .configuration_looped import LoopedConfig
@@ -25,6 +29,9 @@ MASK_FUNCTIONS = {
     "full_attention": create_causal_mask,
     "sliding_attention": create_sliding_window_causal_mask,
 }
+
+#: How a call packs several sequences into a row, for messages.
+PACKED_BY = "cu_seq_lens_q, or position_ids that do not go up by one and no attention_mask"
 
 
 def attention_masks(
@@ -142,8 +149,30 @@ def valid_tokens(inputs_embeds: Tensor, attention_mask: Any) -> Tensor:
     return torch.ones(batch, length, dtype=torch.bool, device=inputs_embeds.device)
 
 
+def rows_are_packed(
+    position_ids: Tensor | None, attention_mask: Any, cache: Cache | None, cu_seq_lens: Tensor | None
+) -> bool:
+    """Whether rows hold several sequences each: because `cu_seq_lens` says where they begin, or because, in a call
+    without mask and cache, the caller's positions do not go up by one, from which Transformers' masks tell them apart.
+
+    A traced call is taken for one that is not packed by positions, since it must not branch on their values.
+    """
+    if cu_seq_lens is not None:
+        return True
+    if position_ids is None or attention_mask is not None or cache is not None:
+        return False
+    if position_ids.is_meta or is_tracing(position_ids):
+        return False
+    return find_packed_sequence_indices(position_ids) is not None
+
+
 def refuse_what_cannot_route(
-    config: LoopedConfig, halting: Halting, cache: Cache | None, attention_mask: Any, kwargs: Mapping[str, Any]
+    config: LoopedConfig,
+    halting: Halting,
+    cache: Cache | None,
+    attention_mask: Any,
+    packed: bool,
+    kwargs: Mapping[str, Any],
 ) -> None:
     """Raise ValueError where a router's choices would be lost: in attention that takes no mask of ours, in caches that
     round keys or that only the attention function sees, and, where the choice looks ahead, in any cache.
@@ -160,10 +189,10 @@ def refuse_what_cannot_route(
             f"{rule} with selection='top_k' looks at the whole sequence: a step on a cache would choose otherwise. "
             "Pass use_cache=False, or set selection='threshold'."
         )
-    if halting.reads_whole_sequence and (kwargs.get("cu_seq_lens_q") is not None or is_prepared(attention_mask)):
+    if halting.reads_whole_sequence and (packed or is_prepared(attention_mask)):
         raise ValueError(
-            f"{rule} with selection='top_k' shares its places among the tokens of a row: pass one sequence per row "
-            "and a 2-D attention_mask, or set selection='threshold'."
+            f"{PACKED_BY}, or a prepared mask, with {rule} and selection='top_k': it shares its places among the "
+            "tokens of a row; pass one sequence per row and a 2-D attention_mask, or set selection='threshold'."
         )
     if kwargs.get("cache") is not None or any(
         isinstance(layer, QuantizedLayer) for layer in getattr(cache, "layers", ())

@@ -48,6 +48,7 @@ from .inputs import (
     refuse_loss_of_loops,
     refuse_mixed_depths,
     refuse_what_cannot_route,
+    rows_are_packed,
     valid_tokens,
     warn_of_unread_loss,
 )
@@ -286,11 +287,13 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedRecurrenceMixin, LoopedPreTrainedM
 
         if not self.config.is_causal:
             use_cache, past_key_values = False, None
-        valid = None
+        valid, packed = None, False
+        if self.config.add_cross_attention or (layout.core and self.halting.reads_whole_sequence):
+            packed = rows_are_packed(position_ids, attention_mask, past_key_values, kwargs.get("cu_seq_lens_q"))
         if layout.core and self.halting.routes:
             if self.halting.reads_whole_sequence and past_key_values is None:
                 use_cache = False
-            refuse_what_cannot_route(self.config, self.halting, past_key_values, attention_mask, kwargs)
+            refuse_what_cannot_route(self.config, self.halting, past_key_values, attention_mask, packed, kwargs)
             valid = valid_tokens(embeds, attention_mask)
         if depth.each is not None:
             refuse_mixed_depths(self.config, past_key_values)
@@ -323,7 +326,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedRecurrenceMixin, LoopedPreTrainedM
         before = tokens_before(self.ngram_embedding, previous_input_ids, seen)
         embeds = self.embed(self.ngram_embedding(embeds, input_ids, before, positions), positions, token_type_ids)
         encoder = encoder_states(
-            self.config, encoder_hidden_states, encoder_attention_mask, both_caches, embeds, kwargs
+            self.config, encoder_hidden_states, encoder_attention_mask, both_caches, embeds, packed
         )
         rotary = None
         if self.config.position_embedding == "rope":

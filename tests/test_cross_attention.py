@@ -268,8 +268,10 @@ def test_input_that_does_not_fit_is_refused_by_name():
         model(tokens, encoder_hidden_states=encoded[:1])
     with pytest.raises(ValueError, match=r"encoder_attention_mask has the shape \(2, 4\) and must have \(2, 5\)"):
         model(tokens, encoder_hidden_states=encoded, encoder_attention_mask=torch.ones(2, 4))
-    with pytest.raises(ValueError, match="cu_seq_lens_q with add_cross_attention=True"):
-        model(tokens[:1], encoder_hidden_states=encoded[:1], cu_seq_lens_q=torch.tensor([0, 3, 7]))
+    packings = {"cu_seq_lens_q": torch.tensor([0, 3, 7]), "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3]])}
+    for name, packing in packings.items():
+        with pytest.raises(ValueError, match=f"{name}.* with add_cross_attention=True"):
+            model(tokens[:1], encoder_hidden_states=encoded[:1], **{name: packing})
     with pytest.raises(ValueError, match="add_cross_attention=False: nothing would read it"):
         plain(tokens, encoder_hidden_states=encoded)
     with pytest.raises(ValueError, match="is an EncoderDecoderCache, and add_cross_attention=False"):
@@ -277,6 +279,25 @@ def test_input_that_does_not_fit_is_refused_by_name():
     cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache())
     with pytest.raises(ValueError, match="num_loops=2 needs a cache of 6 slots"):
         model(tokens, encoder_hidden_states=encoded, past_key_values=cache, num_loops=2)
+
+
+@torch.no_grad()
+def test_positions_that_pack_nothing_are_taken():
+    """Counted on from another start, on a cache, or those of a padded row beside its mask."""
+    model, tokens = decoder("parcae"), random_tokens()
+    encoded, positions = encoded_for(model.config), torch.arange(7)[None]
+    expected = model(tokens, encoder_hidden_states=encoded).logits
+    assert_close(model(tokens, encoder_hidden_states=encoded, position_ids=positions + 3).logits, expected)
+    cache = EncoderDecoderCache(DynamicCache(config=model.config), DynamicCache())
+    steps = [
+        model(tokens[:, at], encoder_hidden_states=encoded, position_ids=positions[:, at], past_key_values=cache)
+        for at in (slice(0, 4), slice(4, 5), slice(5, 7))
+    ]
+    assert_close(torch.cat([step.logits for step in steps], dim=1), expected)
+    padded, mask = torch.cat((tokens[:, :2], tokens), dim=1), torch.tensor([[0, 0, *[1] * 7]] * 2)
+    shifted = torch.cat((torch.zeros_like(positions[:, :2]), positions), dim=1)
+    output = model(padded, attention_mask=mask, position_ids=shifted, encoder_hidden_states=encoded)
+    assert_close(output.logits[:, 2:], expected)
 
 
 def test_what_a_decoder_with_an_encoder_cannot_do_is_refused_by_name():

@@ -167,12 +167,27 @@ def test_one_loop_of_a_routed_model_is_no_stack(name):
         routed(name).unroll(1)
 
 
+@torch.no_grad()
+def test_a_router_of_the_whole_row_takes_positions_that_pack_nothing_compiled_too():
+    model, tokens = routed("top_k"), random_tokens(2, 6)
+    positions = torch.arange(6)[None] + 2
+    expected = model(tokens).logits
+    assert_close(model(tokens, position_ids=positions).logits, expected)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert_close(compiled(tokens, position_ids=positions).logits, expected)
+
+
 def test_what_cannot_route_is_refused():
     tokens = random_tokens(1, 6)
     with pytest.raises(REFUSED, match="looks at the whole sequence"):
         routed("top_k").generate(tokens, max_new_tokens=2)
     with pytest.raises(REFUSED, match="one sequence per row"):
         routed("top_k")(tokens, attention_mask=torch.ones(1, 1, 6, 6, dtype=torch.bool), use_cache=False)
+    packed = torch.tensor([[0, 1, 2, 3, 0, 1]])
+    with pytest.raises(REFUSED, match=r"position_ids that do not go up.*one sequence per row"):
+        routed("top_k")(tokens, position_ids=packed)
+    with pytest.raises(REFUSED, match=r"cu_seq_lens_q.*one sequence per row"):
+        routed("top_k")(tokens, cu_seq_lens_q=torch.tensor([0, 4, 6]))
     with pytest.raises(REFUSED, match="which eager and sdpa attention take"):
         routed("token", attn_implementation="flex_attention")(tokens)
     with pytest.raises(REFUSED, match="a paged cache hides no token"):
