@@ -141,12 +141,31 @@ def prefix_blocks(config: LoopedConfig, token_type_ids: Tensor | None) -> dict[s
     return {"block_sequence_ids": torch.where(token_type_ids == 1, 0, -1)}
 
 
-def valid_tokens(inputs_embeds: Tensor, attention_mask: Any) -> Tensor:
+def places_of_call(inputs_embeds: Tensor, cache: Cache | None) -> Tensor:
+    """Places [S] of the call's tokens among all that its rows have had, from 0."""
+    seen = cache.get_seq_length() if cache is not None else 0
+    return torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen
+
+
+def of_this_call(per_token: Tensor, inputs_embeds: Tensor, cache: Cache | None) -> Tensor:
+    """The part [B, S] of what a 2-D mask says, or of what was made of it, that is about the tokens of this call.
+
+    The mask is of the tokens seen and those of the call. Beside a cache of fixed size it may be longer, such as that
+    cache is; it must not be shorter, which cannot be told without waiting for the device.
+    """
+    if cache is None or not cache.is_compileable:
+        return per_token[:, -inputs_embeds.shape[1] :]
+    # such a cache has its length on the device: a lookup, which does not wait for it
+    places = places_of_call(inputs_embeds, cache).to(per_token.device)
+    return per_token[:, places.clamp(max=per_token.shape[1] - 1)]
+
+
+def valid_tokens(inputs_embeds: Tensor, attention_mask: Any, cache: Cache | None = None) -> Tensor:
     """The tokens of this call that are not padding, bool [B, S]; all, unless a 2-D mask says otherwise."""
-    batch, length = inputs_embeds.shape[:2]
     if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        return attention_mask[:, -length:].to(device=inputs_embeds.device, dtype=torch.bool)
-    return torch.ones(batch, length, dtype=torch.bool, device=inputs_embeds.device)
+        of_call = of_this_call(attention_mask, inputs_embeds, cache)
+        return of_call.to(device=inputs_embeds.device, dtype=torch.bool)
+    return torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
 
 
 def rows_are_packed(
@@ -244,13 +263,11 @@ def default_position_ids(
     `cu_seq_lens`; over the tokens that a 2-D mask lets through, so that a padded row sees the positions it would see
     alone; otherwise counted on from the cache.
     """
-    length = inputs_embeds.shape[1]
     if cu_seq_lens is not None:
-        index = torch.arange(length, device=cu_seq_lens.device, dtype=cu_seq_lens.dtype)
+        index = torch.arange(inputs_embeds.shape[1], device=cu_seq_lens.device, dtype=cu_seq_lens.dtype)
         begin = cu_seq_lens[torch.searchsorted(cu_seq_lens, index, right=True) - 1]
         return (index - begin).unsqueeze(0).to(inputs_embeds.device)
-    fixed_size = past_key_values is not None and past_key_values.is_compileable
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2 and not fixed_size:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-    return (torch.arange(length, device=inputs_embeds.device) + seen).unsqueeze(0)
+    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
+        counted = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        return of_this_call(counted, inputs_embeds, past_key_values)
+    return places_of_call(inputs_embeds, past_key_values).unsqueeze(0)

@@ -294,7 +294,7 @@ class LoopedModel(LoopedEmbeddingMixin, LoopedRecurrenceMixin, LoopedPreTrainedM
             if self.halting.reads_whole_sequence and past_key_values is None:
                 use_cache = False
             refuse_what_cannot_route(self.config, self.halting, past_key_values, attention_mask, packed, kwargs)
-            valid = valid_tokens(embeds, attention_mask)
+            valid = valid_tokens(embeds, attention_mask, past_key_values)
         if depth.each is not None:
             refuse_mixed_depths(self.config, past_key_values)
             use_cache = False

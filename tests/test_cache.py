@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import VARIANTS, assert_close, random_tokens, stepwise_logits, tiny_model
 from transformers import Cache, DynamicCache, StaticCache
 
@@ -44,6 +45,40 @@ def test_static_cached_steps_equal_uncached(variant, num_loops, prompt):
     tokens = random_tokens(2, prompt + 6)
     cache = StaticCache(config=model.config, max_cache_len=80)
     assert_close(stepwise_logits(model, tokens, cache, [prompt]), model(tokens, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("mask_length", ["seen", "cache"])
+@pytest.mark.parametrize("variant", ["parcae", "huginn", "universal", "albert", "ngrams", "sliding", "routed"])
+@torch.no_grad()
+def test_left_padded_rows_on_a_static_cache_are_as_if_alone(variant, mask_length):
+    """Positions come from the mask, whether it ends with the call's tokens or is as long as the cache."""
+    settings = {"halting": "token_choice"} if variant == "routed" else VARIANTS[variant]
+    model = tiny_model(std=1.0, **settings)
+    tokens = random_tokens(2, 9)
+    expected = torch.cat((model(tokens[:1]).logits[:, 3:], model(tokens[1:, 3:]).logits))
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[1, :3] = 0
+    cache = StaticCache(config=model.config, max_cache_len=12)
+    logits = []
+    for begin, end in ((0, 5), (5, 6), (6, 9)):
+        so_far = F.pad(mask, (0, 3)) if mask_length == "cache" else mask[:, :end]
+        logits.append(model(tokens[:, begin:end], attention_mask=so_far, past_key_values=cache).logits)
+    assert_close(torch.cat(logits, dim=1)[:, 3:], expected, atol=1e-3)
+
+
+@torch.no_grad()
+def test_positions_on_a_static_cache_need_no_look_at_the_device():
+    """So that a compiled step can find them."""
+    model = tiny_model(**VARIANTS["universal"])
+    tokens, mask = random_tokens(2, 9), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :3] = 0
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (model, compiled):
+        cache = StaticCache(config=model.config, max_cache_len=12)
+        model(tokens[:, :6], attention_mask=mask, past_key_values=cache)
+        results.append(run(tokens[:, 6:], attention_mask=mask, past_key_values=cache).logits)
+    assert_close(results[1], results[0])
 
 
 @pytest.mark.parametrize("make_cache", CACHES.values(), ids=CACHES)
