@@ -11,12 +11,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils import logging
 
 from .activations import build_activation
 from .configuration_looped import LoopedConfig
 from .loop_loss import LoopLoss, LoopReadings, cross_entropies, refuse_trainable_beside_gate
 from .norms import build_norm
 from .outputs import LoopedModelOutput
+
+logger = logging.get_logger(__name__)
 
 
 class LoopedHeadMixin:
@@ -119,4 +122,28 @@ class FirstTokenPooler(nn.Module):
         return self.dropout(torch.tanh(self.dense(hidden_states[rows, first.to(rows.device)])))
 
 
-__all__ = ["FirstTokenPooler", "LoopedHeadMixin", "MaskedLMTransform"]
+def last_token_logits(logits: Tensor, input_ids: Tensor | None, pad_token_id: int | None) -> Tensor:
+    """Scores [B, S, labels] -> [B, labels], those of the last token that is not padding, as in every decoder of
+    Transformers, whose generic head returns nothing of the base model's output beside the hidden states.
+
+    Raises:
+        ValueError: for several rows and no token that would be padding.
+    """
+    batch = logits.shape[0]
+    if pad_token_id is None and batch != 1:
+        raise ValueError(
+            f"pad_token_id=None with a batch of {batch}: where each row ends is told by its padding; set "
+            "config.pad_token_id, or pass one row."
+        )
+    if pad_token_id is None or input_ids is None:
+        if pad_token_id is not None and not torch.compiler.is_compiling():
+            logger.warning_once(
+                "inputs_embeds do not show which tokens are padding: each row is classified by its last place."
+            )
+        return logits[:, -1]
+    places = torch.arange(input_ids.shape[1], device=logits.device, dtype=torch.int32)
+    last = (places * (input_ids != pad_token_id).to(logits.device, torch.int32)).argmax(dim=-1)
+    return logits[torch.arange(batch, device=logits.device), last]
+
+
+__all__ = ["FirstTokenPooler", "LoopedHeadMixin", "MaskedLMTransform", "last_token_logits"]

@@ -10,17 +10,6 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.modeling_layers import (
-    GenericForQuestionAnswering,
-    GenericForSequenceClassification,
-    GenericForTokenClassification,
-)
-from transformers.modeling_outputs import (
-    MaskedLMOutput,
-    QuestionAnsweringModelOutput,
-    SequenceClassifierOutputWithPast,
-    TokenClassifierOutput,
-)
 from transformers.modeling_utils import PreTrainedModel, slice_logits_to_keep
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, auto_docstring, can_return_tuple, logging
@@ -38,7 +27,7 @@ from .depth_sampling import DEPTH_SAMPLINGS, draws_depth
 from .embeddings import LoopedEmbeddingMixin
 from .generation import LoopedGenerationMixin
 from .halting import HALTINGS
-from .heads import FirstTokenPooler, LoopedHeadMixin, MaskedLMTransform
+from .heads import FirstTokenPooler, LoopedHeadMixin, MaskedLMTransform, last_token_logits
 from .injection import INJECTIONS
 from .inputs import (
     attention_masks,
@@ -58,7 +47,16 @@ from .loop_loss import LOOP_LOSSES
 from .loop_update import LOOP_UPDATES
 from .ngram_embedding import NGRAM_EMBEDDINGS, note_tokens, tokens_before
 from .norms import build_norm
-from .outputs import NO_FIELD, LoopedCausalLMOutput, LoopedModelOutput, hidden_states_of_the_call
+from .outputs import (
+    NO_FIELD,
+    LoopedCausalLMOutput,
+    LoopedMaskedLMOutput,
+    LoopedModelOutput,
+    LoopedQuestionAnsweringOutput,
+    LoopedSequenceClassifierOutput,
+    LoopedTokenClassifierOutput,
+    hidden_states_of_the_call,
+)
 from .peft_defaults import offer_peft_defaults
 from .readout import READOUTS
 from .recurrence import LoopedRecurrenceMixin
@@ -493,11 +491,7 @@ class LoopedForCausalLM(LoopedHeadMixin, LoopedGenerationMixin, LoopedPreTrained
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-            loop_hidden_states=outputs.loop_hidden_states,
-            exit_loops=outputs.exit_loops,
-            exit_probabilities=outputs.exit_probabilities,
-            num_loops=outputs.num_loops,
+            **outputs.loop_fields(),
         )
 
     def unroll(self, num_loops: int | None = None, *, family: str | None = None) -> PreTrainedModel:
@@ -545,14 +539,17 @@ class LoopedForMaskedLM(LoopedHeadMixin, LoopedPreTrainedModel):
         inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
-        num_loops: int | None = None,
+        num_loops: int | torch.Tensor | None = None,
+        output_loop_hidden_states: bool = False,
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
-    ) -> MaskedLMOutput:
+    ) -> LoopedMaskedLMOutput:
         r"""
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Tokens to predict, in the place where they stand (not shifted); -100 is ignored.
-        num_loops (`int`, *optional*):
-            How often the core runs in this call; `None`: `config.num_loops`.
+        num_loops (`int`, or `torch.LongTensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`, optional):
+            How often the core runs in this call, as in [`LoopedModel`]; `None`: `config.num_loops`.
+        output_loop_hidden_states (`bool`, *optional*, defaults to `False`):
+            Whether to return `loop_hidden_states`, the state before the first loop and after each one.
         """
         outputs: LoopedModelOutput = self.model(
             input_ids=input_ids,
@@ -561,6 +558,7 @@ class LoopedForMaskedLM(LoopedHeadMixin, LoopedPreTrainedModel):
             inputs_embeds=inputs_embeds,
             token_type_ids=token_type_ids,
             num_loops=num_loops,
+            output_loop_hidden_states=output_loop_hidden_states,
             **self.asks_for_loops(labels),
             **kwargs,  # pyright: ignore[reportCallIssue] (the same list)
         )
@@ -571,8 +569,12 @@ class LoopedForMaskedLM(LoopedHeadMixin, LoopedPreTrainedModel):
             loss = self.loss_of_loops(outputs, labels, self.transformed_logits, shifts=False, **kwargs)
         elif labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        return LoopedMaskedLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **outputs.loop_fields(),
         )
 
     def transformed_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -582,18 +584,19 @@ class LoopedForMaskedLM(LoopedHeadMixin, LoopedPreTrainedModel):
         return self.to_logits(hidden_states)
 
 
-# Transformers' generic heads ask `AutoModel` for their base model, which cannot know our class where a folder's code
-# is loaded with `trust_remote_code` and the package is not installed; hence constructors of our own. Their losses
-# ignore `num_items_in_batch`, which their forward only seems to take (`**kwargs`): `accepts_loss_kwargs=False` tells
-# the Trainer, which would otherwise add the losses of accumulated steps up instead of averaging them.
+# Heads of our own: Transformers' generic ones return nothing of the base model's output that they do not know, and ask
+# `AutoModel` for it, which cannot know our class where a folder's code is loaded with `trust_remote_code` and the
+# package is not installed. The losses of the first two ignore `num_items_in_batch`, which their forward only seems to
+# take (`**kwargs`): `accepts_loss_kwargs=False` tells the Trainer, which would otherwise add the losses of accumulated
+# steps up instead of averaging them.
 
 
 @auto_docstring
-class LoopedForSequenceClassification(GenericForSequenceClassification, LoopedPreTrainedModel):
+class LoopedForSequenceClassification(LoopedPreTrainedModel):
     accepts_loss_kwargs = False
 
     def __init__(self, config: LoopedConfig):
-        LoopedPreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.num_labels = config.num_labels or 2
         self.model = LoopedModel(config)
         pools = config.sequence_pooling == "first_token"
@@ -613,47 +616,61 @@ class LoopedForSequenceClassification(GenericForSequenceClassification, LoopedPr
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         token_type_ids: torch.LongTensor | None = None,
+        num_loops: int | torch.Tensor | None = None,
+        output_loop_hidden_states: bool = False,
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
-    ) -> SequenceClassifierOutputWithPast:
+    ) -> LoopedSequenceClassifierOutput:
         r"""
         labels (`torch.LongTensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
             Classes or, for one label, numbers to regress to.
+        num_loops (`int`, or `torch.LongTensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`, optional):
+            How often the core runs in this call, as in [`LoopedModel`]; `None`: `config.num_loops`.
+        output_loop_hidden_states (`bool`, *optional*, defaults to `False`):
+            Whether to return `loop_hidden_states`, the state before the first loop and after each one.
         """
-        inputs: dict[str, Any] = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-            "past_key_values": past_key_values,
-            "inputs_embeds": inputs_embeds,
-            "use_cache": use_cache,
-            "token_type_ids": token_type_ids,
-            **kwargs,
-        }
-        if self.pooler is None:  # the last token, as in every decoder
-            return super().forward(labels=labels, **inputs)
-        outputs: LoopedModelOutput = self.model(**inputs)
+        outputs: LoopedModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            token_type_ids=token_type_ids,
+            num_loops=num_loops,
+            output_loop_hidden_states=output_loop_hidden_states,
+            **kwargs,  # pyright: ignore[reportCallIssue] (the same list)
+        )
         hidden_states: Any = outputs.last_hidden_state
-        logits = self.score(self.pooler(hidden_states, valid_tokens(hidden_states, attention_mask)))
+        if self.pooler is None:
+            logits = last_token_logits(self.score(hidden_states), input_ids, self.config.pad_token_id)
+        else:
+            logits = self.score(self.pooler(hidden_states, valid_tokens(hidden_states, attention_mask)))
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=self.config)
-        return SequenceClassifierOutputWithPast(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        return LoopedSequenceClassifierOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **outputs.loop_fields(),
         )
 
 
 @auto_docstring
-class LoopedForTokenClassification(GenericForTokenClassification, LoopedPreTrainedModel):
+class LoopedForTokenClassification(LoopedPreTrainedModel):
     accepts_loss_kwargs = False
 
     def __init__(self, config: LoopedConfig):
-        LoopedPreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.num_labels = config.num_labels or 2
         self.model = LoopedModel(config)
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.hidden_size, self.num_labels)
         self.post_init()
 
+    @can_return_tuple
     @auto_docstring
     def forward(
         self,
@@ -665,22 +682,47 @@ class LoopedForTokenClassification(GenericForTokenClassification, LoopedPreTrain
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         token_type_ids: torch.LongTensor | None = None,
+        num_loops: int | torch.Tensor | None = None,
+        output_loop_hidden_states: bool = False,
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
-    ) -> TokenClassifierOutput:
-        # named here, since the Trainer drops columns of a batch that no argument is called after
-        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        given: dict[str, Any] = {"token_type_ids": token_type_ids, **kwargs}
-        return super().forward(*inputs, labels, use_cache, **given)
+    ) -> LoopedTokenClassifierOutput:
+        r"""
+        num_loops (`int`, or `torch.LongTensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`, optional):
+            How often the core runs in this call, as in [`LoopedModel`]; `None`: `config.num_loops`.
+        output_loop_hidden_states (`bool`, *optional*, defaults to `False`):
+            Whether to return `loop_hidden_states`, the state before the first loop and after each one.
+        """
+        outputs: LoopedModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            token_type_ids=token_type_ids,
+            num_loops=num_loops,
+            output_loop_hidden_states=output_loop_hidden_states,
+            **kwargs,  # pyright: ignore[reportCallIssue] (the same list)
+        )
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        return LoopedTokenClassifierOutput(
+            loss=None if labels is None else self.loss_function(logits, labels, self.config),
+            logits=logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **outputs.loop_fields(),
+        )
 
 
 @auto_docstring
-class LoopedForQuestionAnswering(GenericForQuestionAnswering, LoopedPreTrainedModel):
+class LoopedForQuestionAnswering(LoopedPreTrainedModel):
     def __init__(self, config: LoopedConfig):
-        LoopedPreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.model = LoopedModel(config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
+    @can_return_tuple
     @auto_docstring
     def forward(
         self,
@@ -692,11 +734,39 @@ class LoopedForQuestionAnswering(GenericForQuestionAnswering, LoopedPreTrainedMo
         start_positions: torch.LongTensor | None = None,
         end_positions: torch.LongTensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
+        num_loops: int | torch.Tensor | None = None,
+        output_loop_hidden_states: bool = False,
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
-    ) -> QuestionAnsweringModelOutput:
-        inputs = (input_ids, attention_mask, position_ids, past_key_values, inputs_embeds)
-        given: dict[str, Any] = {"token_type_ids": token_type_ids, **kwargs}
-        return super().forward(*inputs, start_positions, end_positions, **given)
+    ) -> LoopedQuestionAnsweringOutput:
+        r"""
+        num_loops (`int`, or `torch.LongTensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`, optional):
+            How often the core runs in this call, as in [`LoopedModel`]; `None`: `config.num_loops`.
+        output_loop_hidden_states (`bool`, *optional*, defaults to `False`):
+            Whether to return `loop_hidden_states`, the state before the first loop and after each one.
+        """
+        outputs: LoopedModelOutput = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            token_type_ids=token_type_ids,
+            num_loops=num_loops,
+            output_loop_hidden_states=output_loop_hidden_states,
+            **kwargs,  # pyright: ignore[reportCallIssue] (the same list)
+        )
+        start_logits, end_logits = (x.contiguous() for x in self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
+        return LoopedQuestionAnsweringOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **outputs.loop_fields(),
+        )
 
 
 __all__ = [

@@ -5,11 +5,19 @@ B batch, S tokens, D hidden size, T loops.
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 from transformers.utils.output_capturing import selected_hidden_states
 
 from .depth import loops_of
@@ -37,12 +45,14 @@ class LoopOutputs(NamedTuple):
     exit_logits: Tensor | None
 
 
-# trf-ignore: TRF057 (described in full by hand)
 @dataclasses.dataclass
-class LoopedModelOutput(BaseModelOutputWithPast):
-    """Output of [`LoopedModel`].
+class LoopFields:
+    """What every output has beside the fields of Transformers' own, after them: a tuple begins as theirs does.
 
     Args:
+        cross_attentions (`tuple[torch.FloatTensor]`, *optional*, with `output_attentions=True` and
+            `config.add_cross_attention`): weights [B, H, S, E] of each cross-attention over the encoder's E tokens, in
+            the order of execution.
         loop_hidden_states (`tuple[torch.FloatTensor]`, *optional*, with `output_loop_hidden_states=True`):
             the state before the first loop and after each one, T + 1 tensors of shape [B, S, D]; with
             `config.core_group_size`, after each loop of each group; [B, S, n, D] where the loop carries n residual
@@ -52,46 +62,79 @@ class LoopedModelOutput(BaseModelOutputWithPast):
         exit_probabilities (`torch.FloatTensor` of shape [B, S, T], *optional*, as above):
             each token's distribution of exits over the loops, fp32 (weights that need not sum to one in the
             `universal` form of adaptive computation time).
-        cross_attentions (`tuple[torch.FloatTensor]`, *optional*, with `output_attentions=True` and
-            `config.add_cross_attention`): weights [B, H, S, E] of each cross-attention over the encoder's E tokens, in
-            the order of execution.
         num_loops (`torch.LongTensor` of shape [B] or [B, S], *optional*, if the depth was drawn or given per row):
             loops that each sequence, or each token, ran (`config.depth_sampling`).
+    """
+
+    cross_attentions: tuple[Tensor, ...] | None = None
+    loop_hidden_states: tuple[Tensor, ...] | None = None
+    exit_loops: Tensor | None = None
+    exit_probabilities: Tensor | None = None
+    num_loops: Tensor | None = None
+
+
+LOOP_FIELDS = tuple(field.name for field in dataclasses.fields(LoopFields))
+
+
+def describes_loop_fields(cls: type) -> type:
+    """Class decorator: the fields of `LoopFields` in the docstring too, in which `auto_docstring` looks for them."""
+    _, shared = inspect.cleandoc(LoopFields.__doc__ or "Args:\n").split("Args:\n")
+    intro, _, own = inspect.cleandoc(cls.__doc__ or "").partition("\n\nArgs:\n")
+    cls.__doc__ = f"{intro}\n\nArgs:\n{shared}\n{own}".rstrip()
+    return cls
+
+
+# trf-ignore: TRF057 (described in full by hand)
+@describes_loop_fields
+@dataclasses.dataclass
+class LoopedModelOutput(LoopFields, BaseModelOutputWithPast):
+    """Output of [`LoopedModel`].
+
+    Args:
         loop_readings (`LoopOutputs`, *optional*, with `output_loop_readings=True`): what a head reads to compute
             `config.loop_loss`.
     """
 
-    cross_attentions: tuple[Tensor, ...] | None = None
-    loop_hidden_states: tuple[Tensor, ...] | None = None
-    exit_loops: Tensor | None = None
-    exit_probabilities: Tensor | None = None
-    num_loops: Tensor | None = None
     loop_readings: LoopOutputs | None = None
+
+    def loop_fields(self) -> dict[str, Any]:
+        """What a head passes on of [`LoopFields`]."""
+        return {name: getattr(self, name) for name in LOOP_FIELDS}
 
 
 # trf-ignore: TRF057 (described in full by hand)
+@describes_loop_fields
 @dataclasses.dataclass
-class LoopedCausalLMOutput(CausalLMOutputWithPast):
-    """Output of [`LoopedForCausalLM`].
+class LoopedCausalLMOutput(LoopFields, CausalLMOutputWithPast):
+    """Output of [`LoopedForCausalLM`]."""
 
-    Args:
-        loop_hidden_states (`tuple[torch.FloatTensor]`, *optional*, with `output_loop_hidden_states=True`):
-            the state before the first loop and after each one, T + 1 tensors of shape [B, S, D].
-        exit_loops (`torch.LongTensor` of shape [B, S], *optional*, if `config.halting` chooses):
-            number of loops after which each token halted.
-        exit_probabilities (`torch.FloatTensor` of shape [B, S, T], *optional*, as above):
-            each token's distribution of exits over the loops, fp32.
-        cross_attentions (`tuple[torch.FloatTensor]`, *optional*, with `output_attentions=True` and
-            `config.add_cross_attention`): as in [`LoopedModelOutput`].
-        num_loops (`torch.LongTensor` of shape [B] or [B, S], *optional*, if the depth was drawn or given per row):
-            loops that each sequence, or each token, ran (`config.depth_sampling`).
-    """
 
-    cross_attentions: tuple[Tensor, ...] | None = None
-    loop_hidden_states: tuple[Tensor, ...] | None = None
-    exit_loops: Tensor | None = None
-    exit_probabilities: Tensor | None = None
-    num_loops: Tensor | None = None
+# trf-ignore: TRF057 (described in full by hand)
+@describes_loop_fields
+@dataclasses.dataclass
+class LoopedMaskedLMOutput(LoopFields, MaskedLMOutput):
+    """Output of [`LoopedForMaskedLM`]."""
+
+
+# trf-ignore: TRF057 (described in full by hand)
+@describes_loop_fields
+@dataclasses.dataclass
+class LoopedSequenceClassifierOutput(LoopFields, SequenceClassifierOutputWithPast):
+    """Output of [`LoopedForSequenceClassification`]."""
+
+
+# trf-ignore: TRF057 (described in full by hand)
+@describes_loop_fields
+@dataclasses.dataclass
+class LoopedTokenClassifierOutput(LoopFields, TokenClassifierOutput):
+    """Output of [`LoopedForTokenClassification`]."""
+
+
+# trf-ignore: TRF057 (described in full by hand)
+@describes_loop_fields
+@dataclasses.dataclass
+class LoopedQuestionAnsweringOutput(LoopFields, QuestionAnsweringModelOutput):
+    """Output of [`LoopedForQuestionAnswering`]."""
 
 
 def hidden_states_of_the_call(forward: Callable) -> Callable:

@@ -1,5 +1,6 @@
 """The heads: sequence and token classification, question answering, masked language modelling, over one base model."""
 
+import dataclasses
 import inspect
 
 import pytest
@@ -15,8 +16,14 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.modeling_layers import (
+    GenericForQuestionAnswering,
+    GenericForSequenceClassification,
+    GenericForTokenClassification,
+)
 
 from modeling_looped import (
+    LoopedConfig,
     LoopedForCausalLM,
     LoopedForMaskedLM,
     LoopedForQuestionAnswering,
@@ -25,6 +32,7 @@ from modeling_looped import (
     LoopedModel,
     LoopedPreTrainedModel,
 )
+from modeling_looped.outputs import LOOP_FIELDS, LoopFields
 
 EQUAL = {"rtol": 1e-5, "atol": 1e-5}
 NUM_LABELS = 5
@@ -45,6 +53,14 @@ HEADS = {
 }
 #: Heads of either direction.
 CLASSIFIERS = (LoopedForSequenceClassification, LoopedForTokenClassification, LoopedForQuestionAnswering)
+#: The heads of Transformers whose scores and losses they have.
+GENERIC = dict(
+    zip(
+        CLASSIFIERS,
+        (GenericForSequenceClassification, GenericForTokenClassification, GenericForQuestionAnswering),
+        strict=True,
+    )
+)
 #: What the heads run over: the default, and an encoder's embeddings, norms and masked-language head.
 SETTINGS = {"default": {}, "albert": VARIANTS["albert"] | {"mlm_head": "transform"}}
 every_setting = pytest.mark.parametrize("settings", SETTINGS)
@@ -296,6 +312,57 @@ def test_outputs_can_be_had_as_a_tuple(head):
     first = model(tokens, return_dict=False)[0]
     output = model(tokens)
     assert torch.equal(first, output.start_logits if "start_logits" in output else output.logits)
+
+
+@every_head
+@pytest.mark.parametrize("case", ["gate", "depths"])
+@torch.no_grad()
+def test_what_the_base_model_says_of_its_loops_is_passed_on(head, case):
+    model, tokens = head_model(head, halting="gate" if case == "gate" else "none"), random_tokens(3, 7)
+    asked = {"output_loop_hidden_states": True, "num_loops": 2 if case == "gate" else torch.tensor([1, 3, 2])}
+    output, base = model(tokens, **asked), model.model(tokens, **asked)
+    expected = {"loop_hidden_states"} | ({"exit_loops", "exit_probabilities"} if case == "gate" else {"num_loops"})
+    assert {name for name in LOOP_FIELDS if getattr(output, name) is not None} == expected
+    assert len(output.loop_hidden_states) == (3 if case == "gate" else 4)
+    for name in expected:
+        torch.testing.assert_close(output[name], base[name], rtol=0, atol=0)
+
+
+@every_head
+def test_an_output_begins_as_transformers_own_and_the_trainer_ignores_the_rest(head):
+    output = inspect.signature(head.forward).return_annotation
+    _, own, stock, *_ = output.__mro__
+    assert own is LoopFields
+    names = [field.name for field in dataclasses.fields(output)]
+    assert names == [*(field.name for field in dataclasses.fields(stock)), *LOOP_FIELDS]
+    ignored = LoopedConfig.keys_to_ignore_at_inference
+    assert {*LOOP_FIELDS} - {*ignored} == {"cross_attentions"}  # which has to be asked for, as attentions have
+
+
+@every_classifier
+@pytest.mark.parametrize("case", ["right", "left", "unpadded", "embeds"])
+def test_scores_and_loss_are_those_of_transformers_generic_head(head, case):
+    model, labels = head_model(head, halting="gate"), HEADS[head][1]
+    tokens = random_tokens(3, 7)
+    if case in ("left", "right"):
+        tokens[1, slice(0, 3) if case == "left" else slice(4, 7)] = 0
+    inputs = {"inputs_embeds": model.get_input_embeddings()(tokens)} if case == "embeds" else {"input_ids": tokens}
+    inputs |= {"attention_mask": (tokens != 0).long(), "num_loops": 2, **labels}
+    expected, output = GENERIC[head].forward(model, **inputs), model(**inputs)
+    assert torch.equal(results(output), results(expected))
+    assert torch.equal(output.loss, expected.loss)
+    as_tuples = GENERIC[head].forward(model, **inputs, return_dict=False), model(**inputs, return_dict=False)
+    assert len(as_tuples[1]) == len(as_tuples[0]) + 2
+    for own, stock in zip(as_tuples[1], as_tuples[0], strict=False):
+        if isinstance(stock, torch.Tensor):
+            assert torch.equal(own, stock)
+
+
+def test_several_rows_whose_ends_nothing_shows_are_refused():
+    model = head_model(LoopedForSequenceClassification, pad_token_id=None)
+    with pytest.raises(ValueError, match="pad_token_id=None with a batch of 2"):
+        model(random_tokens(2, 7))
+    assert model(random_tokens(1, 7)).logits.shape == (1, NUM_LABELS)
 
 
 @every_head

@@ -10,7 +10,12 @@ from training import run_arguments, sentence_dataset, tiny_tokenizer, weights
 from transformers import AutoModelForCausalLM, DataCollatorForLanguageModeling, DataCollatorWithPadding, Trainer
 from transformers.trainer_utils import get_last_checkpoint
 
-from modeling_looped import LoopedForCausalLM, LoopedForSequenceClassification
+from modeling_looped import (
+    LoopedForCausalLM,
+    LoopedForMaskedLM,
+    LoopedForSequenceClassification,
+    LoopedForTokenClassification,
+)
 from modeling_looped.configuration_looped import STRATEGY_FIELDS
 from modeling_looped.remote_code import copy_code
 
@@ -164,12 +169,22 @@ def test_prediction_returns_one_logit_tensor(halting, tmp_path):
     assert prediction.predictions.shape[-1] == 97
 
 
-def test_prediction_with_a_column_of_depths_returns_one_logit_tensor(tmp_path):
-    collator = DataCollatorWithPadding(tiny_tokenizer())
-    trainer = Trainer(fresh_model(), run_arguments(tmp_path), data_collator=collator)
+@pytest.mark.parametrize(
+    ("head", "width"),
+    [
+        (LoopedForCausalLM, 97),
+        (LoopedForMaskedLM, 97),
+        (LoopedForTokenClassification, 2),
+        (LoopedForSequenceClassification, 2),
+    ],
+)
+def test_prediction_reads_a_column_of_depths_and_returns_one_logit_tensor(head, width, tmp_path):
+    """The `Trainer` drops columns that no argument of the forward is called after."""
+    model = randomise(head(tiny_config(is_causal=head is not LoopedForMaskedLM)))
+    trainer = Trainer(model, run_arguments(tmp_path), data_collator=DataCollatorWithPadding(tiny_tokenizer()))
     rows = [{"input_ids": row, "num_loops": 1 + i} for i, row in enumerate(random_tokens(2))]
     predictions = trainer.predict(rows).predictions
-    assert predictions.shape == (2, 7, 97)
+    assert predictions.shape[-1] == width
     for row, logits in zip(rows, predictions, strict=True):
         alone = trainer.model(row["input_ids"][None], num_loops=row["num_loops"]).logits[0]
         torch.testing.assert_close(torch.from_numpy(logits), alone, rtol=0, atol=1e-5)
