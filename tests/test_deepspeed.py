@@ -20,7 +20,7 @@ PACKAGES = Path(__file__).parent.parent / ".cache" / "deepspeed"
 CASES = (
     "1/plain",
     "2/plain",
-    *(f"3/{name}" for name in ("plain", "concat", "tied", "lora", "gated", "norms")),
+    *(f"3/{name}" for name in ("plain", "concat", "tied", "lora", "late_lora", "gated", "norms")),
     *(f"3/{name}" for name in ("halting", "truncated", "hyperloop")),
 )
 

@@ -182,6 +182,8 @@ def test_the_student_is_made_of_the_teachers_revision(place, tmp_path):
         (["--dataset_name", "missing.jsonl"], "'missing.jsonl' does not exist"),
         (["--student_config", "{x"], "student_config='{x' is not JSON"),
         (["--student_config", '{"num_loop": 2}'], "called 'num_loop' (did you mean 'num_loops'?)"),
+        (["--student_config", '{"num_loops": 0}'], "num_loops=0 must be"),
+        (["--student_config", '{"backprop_loops": 2, "injection": "none"}'], "injection="),
         (["--student", '{"program": "merge", "options": {}}'], "program='merge' must be one of: compress, retrofit"),
         (["--dataset_streaming", "True", "--teacher_targets", "x"], "leave one of the two out"),
         (["--dataset_text_field", "body"], "no text_field='body'; its columns: text"),

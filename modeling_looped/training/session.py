@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer import unwrap_peft_model
 
@@ -86,7 +87,7 @@ def run_program(program: str, given: Sequence[str], configs: tuple[type, type], 
         # a group that is left to the interpreter's end may abort it
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-    except (ValueError, OSError, ExplosionError) as error:
+    except (ValueError, OSError, ExplosionError, StrictDataclassError) as error:
         sys.stderr.write(f"{program}: {error}\n")
         return 1
     return 0
