@@ -315,6 +315,13 @@ def check_strategies(config: LoopedConfig) -> None:
             f"loop_adapter: targets {sorted(missing)} do not exist with mlp_type={config.mlp_type!r}; "
             f"its projections are {', '.join(config.mlp_projections)}."
         )
+    loops, idle = config.loop_adapter.get("loops"), sorted(targets & {"k_proj", "v_proj"})
+    if config.kv_sharing == "first_loop" and idle and loops and 0 not in loops:
+        raise ValueError(
+            f"loop_adapter: loops={list(loops)} with kv_sharing='first_loop' makes keys and values in loop 0 alone: "
+            f"its targets {', '.join(idle)} would never act. Leave them out, adapt loop 0 too, or use "
+            "kv_sharing='none'."
+        )
 
 
 def check_residual_streams(config: LoopedConfig) -> None:

@@ -515,7 +515,9 @@ class LoopedConfig(PreTrainedConfig):
 
     def structure(self) -> dict[str, Any]:
         """The fields that a model is built by, and that it cannot follow afterwards."""
-        return {name: copy.deepcopy(getattr(self, name)) for name in STRUCTURE_FIELDS}
+        # of learned positions there is a table, of rotary ones nothing
+        positions = ("max_position_embeddings",) if self.position_embedding == "learned" else ()
+        return {name: copy.deepcopy(getattr(self, name)) for name in (*STRUCTURE_FIELDS, *positions)}
 
     def followed(self) -> tuple[Any, ...]:
         """The values of `FOLLOWED_FIELDS`."""

@@ -231,11 +231,20 @@ REFUSED = {
         {"backprop_loops": 1, "loop_adapter": {"type": "lora", "loops": [0, 1]}},
         ["backprop_loops=1 with loop_adapter: loops=[0, 1]", "table_loops=3", "use backprop_loops=2 or more"],
     ),
+    "idle_adapter": (
+        {"kv_sharing": "first_loop", "loop_adapter": {"type": "lora", "loops": [1, 2]}},
+        [
+            "loop_adapter: loops=[1, 2] with kv_sharing='first_loop'",
+            "k_proj, v_proj would never act",
+            "adapt loop 0 too",
+        ],
+    ),
 }
 #: Conditions between several fields, which cannot all be written at once: a finished config checks them when saved.
 REFUSED_TOGETHER = [
     *("no_key_value_heads", "odd_groups", "odd_head_dim", "head_dim_text", "num_attention_heads"),
-    *("rope_type", "rope_per_type", "prelude_never_enters", "truncation", "truncated_adapter", "adapter_target"),
+    *("rope_type", "rope_per_type", "prelude_never_enters", "truncation", "truncated_adapter", "idle_adapter"),
+    "adapter_target",
     *(name for name in REFUSED if name.endswith("_without_core")),
     *("value_bias", "core_heads", "groups_and_injection", "groups_and_halting", "groups_and_norm"),
     *(f"core_width_and_{name}" for name in ("injection", "state", "skip", "readout", "norm")),

@@ -190,6 +190,16 @@ def test_a_built_model_refuses_every_field_that_it_was_built_by(built, field):
     built(TOKENS)
 
 
+def test_the_table_of_learned_positions_cannot_grow_by_a_word():
+    model = tiny_model(position_embedding="learned")
+    model.config.max_position_embeddings *= 2
+    with pytest.raises(ValueError, match=r"config\.max_position_embeddings=.* was written after the model was built"):
+        model(TOKENS)
+    rotary = tiny_model()
+    rotary.config.max_position_embeddings *= 2
+    rotary(TOKENS)
+
+
 @pytest.mark.parametrize("field", STRATEGY_FIELDS)
 def test_what_is_written_into_a_strategy_is_noticed_by_the_model_and_when_saving(built, field, tmp_path):
     config = built.config
