@@ -7,7 +7,7 @@ a field is written, and those of a field that a built model follows in the next 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .activations import ACTIVATION_NAMES
 from .halting import HALTINGS
@@ -288,11 +288,16 @@ WITHOUT_CORE: dict[str, tuple[str | None, ...]] = {
 }
 
 
+def choice_of(config: LoopedConfig, field: str) -> Any:
+    """The value of a field, of a strategy its type."""
+    value = getattr(config, field)
+    return value["type"] if isinstance(value, dict) else value
+
+
 def check_without_core(config: LoopedConfig) -> None:
     """A stack has no place for what acts on the core, and would leave it out without a word."""
     for field, harmless in WITHOUT_CORE.items():
-        spec = getattr(config, field)
-        value = spec["type"] if isinstance(spec, dict) else spec
+        value = choice_of(config, field)
         if value not in harmless:
             raise ValueError(
                 f"{field}={value!r} acts on the core, and num_core_layers=0: use {' or '.join(map(repr, harmless))}."
@@ -350,8 +355,7 @@ def check_residual_streams(config: LoopedConfig) -> None:
         return
     allowed = {"halting": ("none",), "final_norm": ("end", "after_loops", "none"), **own}
     for name, choices in allowed.items():
-        spec = getattr(config, name)
-        value = spec["type"] if isinstance(spec, dict) else spec
+        value = choice_of(config, name)
         if value not in choices:
             raise ValueError(
                 f"{name}={value!r} with residual_streams={kind!r}{where}: it works on one state, and between the "

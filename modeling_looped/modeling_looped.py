@@ -510,6 +510,15 @@ class LoopedForCausalLM(LoopedHeadMixin, LoopedGenerationMixin, LoopedPreTrained
         return unroll(self, num_loops, family=family)
 
 
+#: What every head but the causal one hands to its base model beside Transformers' arguments.
+ARGS_OF_HEADS = r"""
+    num_loops (`int`, or `torch.LongTensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`, optional):
+        How often the core runs in this call, as in [`LoopedModel`]; `None`: `config.num_loops`.
+    output_loop_hidden_states (`bool`, *optional*, defaults to `False`):
+        Whether to return `loop_hidden_states`, the state before the first loop and after each one.
+"""
+
+
 @auto_docstring
 class LoopedForMaskedLM(LoopedHeadMixin, LoopedPreTrainedModel):
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -530,7 +539,7 @@ class LoopedForMaskedLM(LoopedHeadMixin, LoopedPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=ARGS_OF_HEADS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -546,10 +555,6 @@ class LoopedForMaskedLM(LoopedHeadMixin, LoopedPreTrainedModel):
         r"""
         labels (`torch.LongTensor` of shape `(batch_size, sequence_length)`, *optional*):
             Tokens to predict, in the place where they stand (not shifted); -100 is ignored.
-        num_loops (`int`, or `torch.LongTensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`, optional):
-            How often the core runs in this call, as in [`LoopedModel`]; `None`: `config.num_loops`.
-        output_loop_hidden_states (`bool`, *optional*, defaults to `False`):
-            Whether to return `loop_hidden_states`, the state before the first loop and after each one.
         """
         outputs: LoopedModelOutput = self.model(
             input_ids=input_ids,
@@ -605,7 +610,7 @@ class LoopedForSequenceClassification(LoopedPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=ARGS_OF_HEADS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -623,10 +628,6 @@ class LoopedForSequenceClassification(LoopedPreTrainedModel):
         r"""
         labels (`torch.LongTensor` of shape `(batch_size,)` or `(batch_size, num_labels)`, *optional*):
             Classes or, for one label, numbers to regress to.
-        num_loops (`int`, or `torch.LongTensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`, optional):
-            How often the core runs in this call, as in [`LoopedModel`]; `None`: `config.num_loops`.
-        output_loop_hidden_states (`bool`, *optional*, defaults to `False`):
-            Whether to return `loop_hidden_states`, the state before the first loop and after each one.
         """
         outputs: LoopedModelOutput = self.model(
             input_ids=input_ids,
@@ -671,7 +672,7 @@ class LoopedForTokenClassification(LoopedPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=ARGS_OF_HEADS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -686,12 +687,6 @@ class LoopedForTokenClassification(LoopedPreTrainedModel):
         output_loop_hidden_states: bool = False,
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
     ) -> LoopedTokenClassifierOutput:
-        r"""
-        num_loops (`int`, or `torch.LongTensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`, optional):
-            How often the core runs in this call, as in [`LoopedModel`]; `None`: `config.num_loops`.
-        output_loop_hidden_states (`bool`, *optional*, defaults to `False`):
-            Whether to return `loop_hidden_states`, the state before the first loop and after each one.
-        """
         outputs: LoopedModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -723,7 +718,7 @@ class LoopedForQuestionAnswering(LoopedPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    @auto_docstring
+    @auto_docstring(custom_args=ARGS_OF_HEADS)
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -738,12 +733,6 @@ class LoopedForQuestionAnswering(LoopedPreTrainedModel):
         output_loop_hidden_states: bool = False,
         **kwargs: Unpack[TransformersKwargs],  # pyright: ignore[reportGeneralTypeIssues] (it lists position_ids too)
     ) -> LoopedQuestionAnsweringOutput:
-        r"""
-        num_loops (`int`, or `torch.LongTensor` of shape `(batch_size,)` or `(batch_size, sequence_length)`, optional):
-            How often the core runs in this call, as in [`LoopedModel`]; `None`: `config.num_loops`.
-        output_loop_hidden_states (`bool`, *optional*, defaults to `False`):
-            Whether to return `loop_hidden_states`, the state before the first loop and after each one.
-        """
         outputs: LoopedModelOutput = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

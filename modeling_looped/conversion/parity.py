@@ -134,9 +134,8 @@ def compare_with_recording(model: PreTrainedModel, recording: Mapping[str, Tenso
     original = {"logits": max_difference(output.logits, recording["logits"])}
     if states:
         ours = torch.stack(output.loop_hidden_states[1:])
-        refuse_shape(
-            "loop_states", recording["loop_states"], ours.shape
-        )  # else one loop is compared with each of ours
+        # else a recording of one loop would be compared with each of ours
+        refuse_shape("loop_states", recording["loop_states"], ours.shape)
         original["loop_states"] = max_difference(ours, recording["loop_states"])
     if "prefix.logits" in recording:
         prefixed = run(model, tokens, start, token_type_ids=recording["prefix.token_type_ids"])

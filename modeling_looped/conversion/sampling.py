@@ -128,7 +128,7 @@ def whole_batches(file: Path, settings: dict[str, Any]) -> tuple[int, int, int]:
         ValueError: if they were drawn with other settings, or if it holds something else.
     """
     lines = file.read_bytes().splitlines(keepends=True) if file.is_file() else []
-    batches = tokens = size = rows = tokens_of_batch = size_of_batch = 0
+    rows: list[tuple[int, int]] = []
     for line in lines:
         row = sample_in(line)
         if row is None and line.startswith(BEGINNING) and not line.endswith(b"\n"):
@@ -141,11 +141,10 @@ def whole_batches(file: Path, settings: dict[str, Any]) -> tuple[int, int, int]:
                 raise ValueError(
                     f"{name}={value} must be {began.get(name)}, with which {file} was begun, or the file another."
                 )
-        rows, tokens_of_batch, size_of_batch = rows + 1, tokens_of_batch + row["tokens"], size_of_batch + len(line)
-        if rows == settings["batch_size"]:
-            batches, tokens, size = batches + 1, tokens + tokens_of_batch, size + size_of_batch
-            rows = tokens_of_batch = size_of_batch = 0
-    return batches, tokens, size
+        rows.append((row["tokens"], len(line)))
+    batches = len(rows) // settings["batch_size"]
+    whole = rows[: batches * settings["batch_size"]]
+    return batches, sum(tokens for tokens, _ in whole), sum(size for _, size in whole)
 
 
 def sample_in(line: bytes) -> dict[str, Any] | None:

@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 
+from modeling_looped.depth_sampling import is_shared
 from modeling_looped.halting import Step
 
 from .observer import Place, evaluating, is_compiled_whole, looped_models, token_norms, watch_loops
@@ -264,7 +265,7 @@ class ExplosionGuardCallback(TrainerCallback):
         if self._loss is None:
             return None
         loss = self._loss.to(args.device)
-        if is_distributed():
+        if is_shared():
             dist.all_reduce(loss)
             _, inputs = self._inputs or ((), {})
             # a process that divides by the tokens of all has a part of their mean, any other a mean of its own
@@ -354,7 +355,7 @@ class ExplosionGuardCallback(TrainerCallback):
     def _raise_on_all(self, finding: Finding | None, step: int, args: TrainingArguments) -> None:
         """Raise on every process if one of them found something."""
         found = finding is not None
-        if is_distributed():
+        if is_shared():
             flag = torch.tensor(int(found), device=args.device)
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
             if flag.item() and finding is None:
@@ -366,11 +367,6 @@ class ExplosionGuardCallback(TrainerCallback):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
-
-
-def is_distributed() -> bool:
-    """Whether other processes train with this one."""
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def has_targets(labels: Any) -> bool:

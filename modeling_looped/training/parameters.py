@@ -49,14 +49,19 @@ def classify(model: nn.Module) -> list[Parameter]:
     found = []
     owners = dict(model.named_modules())
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
-    named = any(LAYER.search(name) for name in owners)
+    are_named_so = any(LAYER.search(name) for name in owners)
     for name, value in model.named_parameters():
         owner, _, kind = name.rpartition(".")
-        match = LAYER.search(name)
-        index = int(match[1]) if match else None if named else index_in_list(name, owners)
+        index = index_in_name(name) if are_named_so else index_in_list(name, owners)
         role = "embedding" if owners[owner] is head else role_of(name, owners[owner], kind, value, index)
         found.append(Parameter(name, value, role, index))
     return found
+
+
+def index_in_name(name: str) -> int | None:
+    """Layer of a parameter whose name holds `layers.<index>`; `None`: it is in none."""
+    layer = LAYER.search(name)
+    return int(layer[1]) if layer else None
 
 
 def index_in_list(name: str, modules: dict[str, nn.Module]) -> int | None:

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.modeling_utils import PreTrainedModel
 
+from modeling_looped.conversion.companions import TOKENIZER_FILES
 from modeling_looped.conversion.teacher import TeacherFiles, find_teacher
 
 from .config import DistillationConfig
@@ -123,11 +124,9 @@ def check_same_tokens(tokenizer: Any, files: TeacherFiles) -> None:
 
     A teacher without a tokenizer is taken at its word, and tokens that only one of the two has may be padding.
     """
-    try:
-        other = files.tokenizer()
-    except (OSError, ValueError):
+    if files.gguf_file is None and not any((files.folder / name).is_file() for name in TOKENIZER_FILES):
         return
-    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
+    ours, theirs = tokenizer.get_vocab(), files.tokenizer().get_vocab()
     unlike = next((token for token, number in ours.items() if theirs.get(token, number) != number), None)
     if unlike is not None:
         raise ValueError(
